@@ -1,5 +1,7 @@
 """Writing files so that a reader never sees half of one."""
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from hsi_mamba_nb.errors import InputError
@@ -11,18 +13,32 @@ def write_file(
     path: str | Path,
     data: str | bytes,
 ) -> Path:
-    "Write `data` beside `path`, then put it in place in one step: under its name the file is whole or absent."
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    "Write `data` beside `path`, then put it in place in one step: under its name the file is the old one or the new one, never half."
     try:
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            f.write(data.encode("utf-8") if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}); choose another --out") from None
-    finally:
-        part.unlink(missing_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            with open(part, "wb") as f:
+                f.write(data.encode("utf-8") if isinstance(data, str) else data)
+                f.flush()
+                os.fsync(f.fileno())  # the bytes before the name: after a power cut the new name never holds less
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
+        _sync_folder(path.parent)
+    except (OSError, ValueError) as e:  # ValueError: no file name, a null character in it
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); choose another place or make room") from None
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    "Put the new name itself on the disk, where the system lets a folder be opened."
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

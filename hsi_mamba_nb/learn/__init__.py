@@ -1,0 +1,8 @@
+"""Training, checkpoints, scores on a split, maps."""
+from hsi_mamba_nb._lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(__name__, {
+    "training": ["NonFinite", "evaluate", "fit"],
+    "checkpoint": ["Run", "load", "save"],
+    "map": ["SceneMap", "predict_map"],
+})

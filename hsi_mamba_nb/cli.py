@@ -1,0 +1,231 @@
+"""The command line: hsi-mamba demo | scenes | split | fit | evaluate | map | doctor."""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hsi_mamba_nb import __version__
+from hsi_mamba_nb.errors import InputError
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _scene(args):
+    "The scene an argument names: a file where there is one, else a name."
+    from hsi_mamba_nb.scene.registry import load_scene
+    from hsi_mamba_nb.scene.scene import read_scene
+    path = Path(args.scene)
+    if not path.suffix and not path.exists():
+        if args.labels:
+            raise InputError(f"{args.scene}: no such file, and a scene by name brings its own labels; drop --labels or correct the path")
+        return load_scene(args.scene)
+    return read_scene(path, args.labels, key=args.key, labels_key=args.labels_key)
+
+
+def _split(args, scene):
+    "The split an argument names: a strategy, or a file written by `hsi-mamba split`."
+    from hsi_mamba_nb.scene import split as s
+    if args.split.endswith(".json"):
+        return s.load_split(args.split)
+    if scene.labels is None:
+        raise InputError(f"{args.scene}: has no labels; give the label map with --labels")
+    make = {"blocks": lambda: s.split_blocks(scene, buffer=args.buffer, block=args.block, min_per_class=args.min_per_class, seed=args.seed),
+            "random": lambda: s.split_random(scene, min_per_class=args.min_per_class, seed=args.seed),
+            "per-class": lambda: s.split_per_class(scene, train=args.per_class, min_per_class=args.min_per_class, seed=args.seed)}
+    if args.split not in make:
+        raise InputError(f"--split {args.split}: not one of {', '.join(make)}, nor a .json file")
+    return make[args.split]()
+
+
+def _value(text):
+    "A model option from the command line: JSON where it parses, else a word."
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def demo(args):
+    from hsi_mamba_nb.demo import run_demo
+    run_demo(Path(args.out), args.seed, args.overwrite)
+
+
+def scenes(args):
+    from hsi_mamba_nb.scene.registry import data_folder, is_here, list_scenes
+    print(f"data folder: {data_folder()} (set HSI_DATA to change it)")
+    for c in list_scenes():
+        here = "made on demand" if c.files is None else "found" if is_here(c) else "missing"
+        print(f"{c.name:<12} {here:<15} {c.size:<16} {c.title}\n{'':<28} licence: {c.licence}")
+        if here == "missing":
+            print(f"{'':<28} to get it: {c.where}; put the files in {(data_folder()/c.files['cube']).parent}")
+
+
+def split(args):
+    from hsi_mamba_nb.scene.split import counts, leakage_report, save_split
+    scene = _scene(args)
+    made = _split(args, scene)
+    print(scene, made, sep="\n")
+    if made.note:
+        print(made.note)
+    width = max(map(len, scene.class_names))
+    print(f"{'class':<{width}}  {'train':>7} {'val':>7} {'test':>7}")
+    for name, row in zip(scene.class_names, counts(made, scene).T):
+        print(f"{name:<{width}}  " + " ".join(f"{n:>7,}" for n in row))
+    for k, v in leakage_report(made, args.patch, scene).items():
+        print(f"{k.replace('_', ' ')}: {v:.4f}" if isinstance(v, float) else f"{k.replace('_', ' ')}: {v}")
+    if args.out:
+        print(f"wrote {save_split(made, args.out)}")
+
+
+def fit(args):
+    import torch
+    from hsi_mamba_nb.learn.training import evaluate, fit as train
+    from hsi_mamba_nb.models.registry import create_model
+    scene = _scene(args)
+    made = _split(args, scene)
+    options = {}
+    for item in args.set:
+        key, sep, value = item.partition("=")
+        if not sep:
+            raise InputError(f"--set {item}: write option=value, e.g. --set d_model=128")
+        options[key] = _value(value)
+    torch.manual_seed(args.seed)
+    model = create_model(args.model, scene.bands, scene.classes, **options)
+    print(scene, made, sep="\n")
+    if made.note:
+        print(made.note)
+    run = train(model, scene, made, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, patience=args.patience, seed=args.seed,
+                out=args.out, resume=args.resume, overwrite=args.overwrite, cpu=args.cpu, precision=args.precision)
+    best = max(row["val_oa"] for row in run.history)
+    print(f"{len(run.history)} epochs, best validation OA {best:.4f}\nwrote {args.out}; next: hsi-mamba evaluate {args.out}")
+
+
+def _run_and_scene(args):
+    "A finished run and the scene it is to be used on: the one it was trained on unless another is given."
+    from hsi_mamba_nb.learn.checkpoint import load
+    run = load(args.run)
+    if args.scene is None:
+        args.scene = run.scene["source"] or run.scene["name"]
+        args.labels = args.labels or run.scene.get("labels")
+        if run.scene.get("by_name"):
+            args.scene, args.labels = run.scene["name"], None
+    return run, _scene(args)
+
+
+def evaluate(args):
+    from hsi_mamba_nb.learn.training import evaluate as score
+    from hsi_mamba_nb.scene.split import coords_only_accuracy
+    run, scene = _run_and_scene(args)
+    scores = score(run, scene, part=args.part)
+    print(f"{run.model.name} on {args.part} pixels of {scene.name}; {run.split}")
+    if run.split.note:
+        print(run.split.note)
+    print(scores.table())
+    print(f"coordinates-only baseline (1-nearest neighbour on row and column): OA {coords_only_accuracy(scene, run.split, args.part):.4f}")
+
+
+def map_(args):
+    from hsi_mamba_nb.learn.map import predict_map, save_map
+    run, scene = _run_and_scene(args)
+    print(f"wrote {save_map(predict_map(run, scene), args.out)}")
+
+
+def doctor(args):
+    from hsi_mamba_nb.doctor import report
+    print(report())
+
+
+def _add_scene(p, optional=False):
+    flag = dict(nargs="?") if optional else {}
+    p.add_argument("--scene" if optional else "scene", metavar="SCENE", **({} if optional else flag), help="a cube file (.mat, .npy) or a scene's name"
+                   + ("; default: the one the run was trained on" if optional else ", see `hsi-mamba scenes`"))
+    p.add_argument("--labels", metavar="FILE", help="the label map of a cube file; 0 = unlabelled")
+    p.add_argument("--key", help="name of the cube inside the file, where several fit")
+    p.add_argument("--labels-key", help="name of the label map inside its file")
+
+
+def _add_split(p):
+    p.add_argument("--split", default="blocks", metavar="blocks|random|per-class|FILE.json", help="how pixels are dealt to train, val and test (default: blocks)")
+    p.add_argument("--seed", type=int, default=0, help="of the split and of training (default: 0)")
+    p.add_argument("--buffer", type=int, default=4, help="blocks: pixels kept free between parts, at least the patch radius (default: 4)")
+    p.add_argument("--block", type=int, default=6, help="blocks: side of a block in pixels (default: 6)")
+    p.add_argument("--per-class", type=int, default=30, help="per-class: training pixels a class (default: 30)")
+    p.add_argument("--min-per-class", type=int, default=5, help="pixels each class must have in each part (default: 5)")
+
+
+def _parser():
+    from hsi_mamba_nb.models.registry import list_models
+    p = _Parser(prog="hsi-mamba", description="State-space models for hyperspectral images: one scene in, one honest map out.")
+    p.add_argument("--version", action="version", version=f"hsi-mamba-nb {__version__}")
+    sub = p.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name, run, text):
+        c = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=argparse.HelpFormatter)
+        c.set_defaults(run_command=run)
+        return c
+
+    c = command("demo", demo, "the whole way on a synthetic scene, no file needed")
+    c.add_argument("--out", default="hsi-mamba-demo", help="folder to write (default: hsi-mamba-demo)")
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--overwrite", action="store_true", help="replace a folder that is not an earlier demo")
+
+    command("scenes", scenes, "the scenes known by name, and which are on this machine")
+
+    c = command("split", split, "deal a scene's labelled pixels to train, val and test, and say what leaks")
+    _add_scene(c)
+    _add_split(c)
+    c.add_argument("--patch", type=int, default=9, help="patch side for the leakage report (default: 9)")
+    c.add_argument("--out", metavar="FILE.json", help="write the split")
+
+    c = command("fit", fit, "train a model on a scene")
+    _add_scene(c)
+    _add_split(c)
+    c.add_argument("--model", default="ssa-mamba", metavar="NAME", help=f"one of: {', '.join(list_models())} (default: ssa-mamba)")
+    c.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the model, e.g. --set d_model=128; may be repeated")
+    c.add_argument("--epochs", type=int, default=30)
+    c.add_argument("--batch-size", type=int, default=64)
+    c.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
+    c.add_argument("--patience", type=int, default=10, help="epochs without a better validation score before stopping (default: 10)")
+    c.add_argument("--out", required=True, metavar="FOLDER", help="run folder to write")
+    c.add_argument("--resume", action="store_true", help="continue a run that was interrupted")
+    c.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    c.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    c.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision on a GPU (default: no)")
+
+    c = command("evaluate", evaluate, "score a run: OA, AA, kappa, per class, beside the coordinates-only baseline")
+    c.add_argument("run", metavar="RUN", help="a folder that `fit` wrote")
+    c.add_argument("--part", choices=("train", "val", "test"), default="test")
+    _add_scene(c, optional=True)
+
+    c = command("map", map_, "classify every pixel and draw the map")
+    c.add_argument("run", metavar="RUN", help="a folder that `fit` wrote")
+    c.add_argument("--out", required=True, metavar="FILE", help=".png (map with legend) or .npy (class numbers)")
+    _add_scene(c, optional=True)
+
+    command("doctor", doctor, "what is installed, what works here, and what to do about the rest")
+    return p
+
+
+def main(argv=None):
+    "Run a command; 0 when done, 2 with one line on stderr when something the user can mend stood in the way."
+    args = _parser().parse_args(argv)
+    try:
+        args.run_command(args)
+    except (InputError, FloatingPointError) as e:
+        print(f"hsi-mamba: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hsi-mamba: stopped" + ("; continue with --resume" if getattr(args, "resume", None) is not None else ""), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ KATEX := .node/node_modules/katex/package.json
 STAMP := .venv/installed
 comma := ,
 
-.PHONY: demo test notebooks export sidebar gate clean
+.PHONY: demo test notebooks export readme gate clean
 demo: $(STAMP)
 	$(BIN)/hsi-mamba demo
 
@@ -20,6 +20,9 @@ notebooks: $(STAMP)  ## run every notebook from a fresh kernel and keep its outp
 export: $(STAMP)  ## notebooks -> package, and the site's sidebar
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/sidebar.py
+
+readme: $(STAMP)  ## index.ipynb -> README.md
+	$(BIN)/python tools/readme.py
 
 gate: $(STAMP)  ## style, one row a notebook
 	$(BIN)/python tools/gate.py

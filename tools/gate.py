@@ -47,6 +47,16 @@ def walk_run(node):
             yield from walk_run(child)
 
 
+def is_check(node): return isinstance(node, ast.Assert) or bool(CHECK.fullmatch(called(node)))
+def expects_failure(node): return isinstance(node, ast.With) and any(called(i.context_expr) == "expect_fail" for i in node.items)
+
+
+def count_checks(node):
+    "An expected failure is one check with all it holds; what a definition holds is none until it is called."
+    if isinstance(node, DEFINITION): return 0
+    return 1 if expects_failure(node) else is_check(node) + sum(map(count_checks, ast.iter_child_nodes(node)))
+
+
 @dataclass
 class Cell:
     number: int
@@ -87,9 +97,7 @@ class Cell:
         targets = [t for n in self.tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in getattr(n, "targets", [getattr(n, "target", None)])]
         return [t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("_")]
     @cached_property
-    def checks(self): return sum(isinstance(n, ast.Assert) or bool(CHECK.fullmatch(called(n))) for n in ast.walk(self.tree))
-    @cached_property
-    def is_test(self): return not self.export and not self.hidden and bool(self.checks or any(called(n) == "attempt" for n in ast.walk(self.tree)))
+    def is_test(self): return not self.export and not self.hidden and any(is_check(n) or called(n) == "attempt" for n in ast.walk(self.tree))
     @cached_property
     def names(self): return {getattr(n, "id", getattr(n, "attr", None)) for n in ast.walk(self.tree)}
     @cached_property
@@ -110,7 +118,8 @@ class Notebook:
         self.public = [d.name for _, d in self.defined] + [k for c in shared for k in c.constants]
         self.exports = any("default_exp" in c.directives for c in self.code) or bool(self.public)
         self.tests = [c for c in self.code if c.is_test]
-        self.checks = sum(c.checks for c in self.tests)
+        solutions = self.after_heading("Solutions")
+        self.checks = sum(count_checks(c.tree) for c in self.tests if c not in solutions)
         named = set().union(*(c.names for c in self.tests))
         self.unnamed = [n for n in self.public if n not in named]
 
@@ -228,8 +237,8 @@ def named(nb):
 
 @fail
 def tested(nb):
-    if nb.checks < 2*len(nb.defined): yield None, f"{nb.checks} checks for {len(nb.defined)} exported definitions, at least two each"
-    if nb.exports and not any(called(n) == "expect_fail" for c in nb.tests for n in ast.walk(c.tree)): yield None, "no wrong variant in expect_fail"
+    if nb.checks < 2*len(nb.defined): yield None, f"{nb.checks} checks before the solutions for {len(nb.defined)} exported definitions, at least two each"
+    if nb.exports and not any(expects_failure(n) for c in nb.tests for n in ast.walk(c.tree)): yield None, "no wrong variant in expect_fail"
 
 
 @fail
@@ -291,7 +300,7 @@ def dead(nb):
         for text in (s.lstrip(" #") for s in c.source.split("\n") if re.match(r"\s*#(?!\s*\|)", s)):
             try: body = ast.parse(text + (" pass" if text.endswith(":") else "")).body
             except SyntaxError: continue
-            if any(isinstance(n, ast.Assert) or CHECK.fullmatch(called(n)) for b in body for n in ast.walk(b)): yield c.number, f"a test that is commented out: {text}"
+            if any(is_check(n) for b in body for n in ast.walk(b)): yield c.number, f"a test that is commented out: {text}"
 
 
 @fail
@@ -307,16 +316,17 @@ def unused(nb):
 def exercises(nb):
     def raises(d): return any(isinstance(n, ast.Raise) and "NotImplementedError" in ast.unparse(n) for n in ast.walk(d))
     stubs = {d.name: c for c in nb.code if not c.export for d in c.tree.body if isinstance(d, ast.FunctionDef) and raises(d)}
-    tries = {n.args[1].id: ast.unparse(n.args[0]) for c in nb.code for n in ast.walk(c.tree)
-             if called(n) == "attempt" and len(n.args) > 1 and isinstance(n.args[1], ast.Name)}
-    solutions = [c for c in nb.after_heading("Solutions") if c.is_code]
-    fails = [w for c in solutions for w in ast.walk(c.tree) if isinstance(w, ast.With) and "expect_fail" in (called(i.context_expr) for i in w.items)]
-    wrong = {n for w in fails for b in w.body for n in ast.walk(b)}
-    right = {n for c in solutions for n in ast.walk(c.tree)} - wrong
+    attempts = [n for c in nb.code for n in ast.walk(c.tree) if called(n) == "attempt" and len(n.args) == 2]
+    tries = {ast.unparse(n.args[1]): ast.unparse(n.args[0]) for n in attempts}
+    def use(n): return ast.unparse(n.args[0]) if n in attempts and ast.unparse(n.args[1]) not in stubs else called(n)
+    wrong = {n for c in nb.code for w in ast.walk(c.tree) if expects_failure(w) for b in w.body for n in ast.walk(b)}
+    right = {n for c in nb.code for n in ast.walk(c.tree)} - wrong
     for stub, c in stubs.items():
-        if stub not in tries: yield c.number, f"{stub} is a stub, and no attempt(check_..., {stub}) follows"; continue
-        if tries[stub] not in map(called, right): yield c.number, f"{stub}: `{tries[stub]}(...)` of a solution is missing after the heading Solutions"
-        if tries[stub] not in map(called, wrong): yield c.number, f"{stub}: a wrong solution in expect_fail is missing after the heading Solutions"
+        if stub not in tries: yield c.number, f"{stub} is a stub, and no attempt(check_..., {stub}) follows"
+        elif tries[stub] not in map(use, right): yield c.number, f"{stub}: no solution is given to {tries[stub]}"
+        elif tries[stub] not in map(use, wrong): yield c.number, f"{stub}: no wrong solution is given to {tries[stub]} in expect_fail"
+    solutions = [c for c in nb.after_heading("Solutions") if c.is_code]
+    if stubs and not any(expects_failure(n) for c in solutions for n in ast.walk(c.tree)): yield None, "no section Solutions, or nothing in expect_fail there"
 
 
 @warn

@@ -53,7 +53,7 @@ def _fit_wavelengths(nm, bands:int, name:str) -> np.ndarray: # (c,) float64
     if nm.max() < 100: raise InputError(f"{name}: wavelengths end at {nm.max():g}, which looks like micrometres; multiply by 1000")
     return nm
 
-# %% ../../nbs/1_scene/10_scene.ipynb #dadff60f
+# %% ../../nbs/1_scene/10_scene.ipynb #b575b1ad
 @dataclass(frozen=True, eq=False)
 class Scene:
     "A hyperspectral image with what is known about it."
@@ -61,10 +61,10 @@ class Scene:
     labels:np.ndarray|None = None # (h,w) integers, 0 = unlabelled, 1..k = classes
     class_names:tuple = () # (k,) names; "class <value>" where none are given
     wavelengths_nm:np.ndarray|None = None # (c,) band centres in nanometres
-    name:str = "scene"
+    name:str = "scene" # what messages and plots call it
     crs:str|None = None # coordinate system, e.g. "EPSG:32633"
     transform:tuple|None = None # 6 numbers of the affine map from pixel to ground
-    licence:str = ""
+    licence:str = "" # under which the data may be used
     source:str = "" # where the data came from: a path, an address, a generator call
     label_values:tuple = () # (k,) the values the label file used for classes 1..k
 

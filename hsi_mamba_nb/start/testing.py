@@ -42,7 +42,7 @@ def _array(x) -> tuple: # a numpy array, and the name of the dtype that x has
     if x.dtype.kind not in "biufc": raise InputError(f"compare: takes numbers, not {x.dtype}; compare strings and objects with ==")
     return x, name or str(x.dtype)
 
-# %% ../../nbs/0_start/02_testing.ipynb #402d5857
+# %% ../../nbs/0_start/02_testing.ipynb #9f1b875b
 def _worst(
     got:np.ndarray, # any shape, finite, not empty
     want:np.ndarray, # the same shape
@@ -51,11 +51,11 @@ def _worst(
     whole = got.dtype.kind in "biu" and want.dtype.kind in "biu"
     wide = np.complex128 if "c" in (got.dtype.kind, want.dtype.kind) else np.float64
     with np.errstate(over="ignore"): diff = np.abs(got.astype(wide) - want.astype(wide))
-    if whole: diff = np.maximum(diff, got != want) # beyond 2**53 float64 cannot tell neighbours apart
+    if whole: diff = np.maximum(diff, got != want)
     at = tuple(int(i) for i in np.unravel_index(diff.argmax(), diff.shape))
     return float(diff[at]), at, float(np.abs(want.astype(wide)).max()), whole
 
-# %% ../../nbs/0_start/02_testing.ipynb #af4be3d6
+# %% ../../nbs/0_start/02_testing.ipynb #82e96203
 def compare(
     got, # any shape: array, tensor or number
     want, # the reference, of the same shape and dtype
@@ -73,10 +73,12 @@ def compare(
     if (bad := ~np.isfinite(got)).any():
         raise AssertionError(f"{who}{bad.sum()} of {got.size} values are not finite, first at {np.argwhere(bad)[0].tolist()}")
     worst, at, scale, whole = _worst(got, want)
-    if whole: err, limit, kind = worst, 0., "whole numbers must be equal,"
+    if whole: err, limit, kind = worst, 0., "whole numbers must be equal:"
     elif scale > 0: err, limit, kind = worst/scale, rtol, "relative"
     else: err, limit, kind = worst, rtol if atol is None else atol, "absolute (the reference is zero)"
-    if not err <= limit: raise AssertionError(f"{who}{kind} error {err:.2e} > {limit:g}, worst at {list(at)}: got {got[at]:.9g}, expected {want[at]:.9g}")
+    if not err <= limit:
+        say = str if whole else "{:.7g}".format
+        raise AssertionError(f"{who}{kind} error {err:.2e} > {limit:.3g}, worst at {list(at)}: got {say(got[at])}, expected {say(want[at])}")
     return err
 
 # %% ../../nbs/0_start/02_testing.ipynb #be916388
@@ -147,7 +149,7 @@ def _weights(y): # as y
     import torch
     return torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0)).to(y.device)
 
-# %% ../../nbs/0_start/02_testing.ipynb #49fb407c
+# %% ../../nbs/0_start/02_testing.ipynb #9c9d3663
 def _differences(
     f, # float64 tensors -> tensor
     inputs:tuple, # its inputs
@@ -161,7 +163,7 @@ def _differences(
     for at in np.ndindex(*slope.shape):
         side = []
         for move in (step, -step):
-            x = inputs[i].detach().clone() # keeps the strides, which fast paths may depend on
+            x = inputs[i].detach().clone()
             x[at] += move
             side.append((v.conj()*f(*inputs[:i], x.requires_grad_(), *inputs[i + 1:])).sum().real.item())
         slope[at] = (side[0] - side[1])/(2*step)

@@ -106,15 +106,11 @@ def fit(args):
 
 
 def _run_and_scene(args):
-    "A finished run and the scene it is to be used on: the one it was trained on unless another is given."
+    "A finished run and the scene to use it on: the one it was trained on unless another is given."
     from hsi_mamba_nb.learn.checkpoint import load
+    from hsi_mamba_nb.scene.registry import open_again
     run = load(args.run)
-    if args.scene is None:
-        args.scene = run.scene["source"] or run.scene["name"]
-        args.labels = args.labels or run.scene.get("labels")
-        if run.scene.get("by_name"):
-            args.scene, args.labels = run.scene["name"], None
-    return run, _scene(args)
+    return run, _scene(args) if args.scene else open_again(run.scene.get("origin"))
 
 
 def evaluate(args):

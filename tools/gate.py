@@ -39,16 +39,16 @@ def called(node):
     return f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ""
 
 
+def is_check(node): return isinstance(node, ast.Assert) or bool(CHECK.fullmatch(called(node)))
+def expects_failure(node): return isinstance(node, ast.With) and any(called(i.context_expr) == "expect_fail" for i in node.items)
+
+
 def walk_run(node):
-    "Nodes that surely run with the cell: nothing inside a definition, a lambda, an `if` or an `except`."
-    for child in ast.iter_child_nodes(node):
+    "Nodes that surely run to their end with the cell: nothing inside a definition, a lambda, an `if`, an `except` or an expected failure."
+    for child in [i.context_expr for i in node.items] if expects_failure(node) else ast.iter_child_nodes(node):
         if not isinstance(child, (*DEFINITION, ast.Lambda, ast.If, ast.IfExp, ast.ExceptHandler)):
             yield child
             yield from walk_run(child)
-
-
-def is_check(node): return isinstance(node, ast.Assert) or bool(CHECK.fullmatch(called(node)))
-def expects_failure(node): return isinstance(node, ast.With) and any(called(i.context_expr) == "expect_fail" for i in node.items)
 
 
 def count_checks(node):
@@ -189,8 +189,9 @@ def syntax(nb):
 @fail
 def outputs(nb):
     run = [c for c in nb.code if c.evaluated and not c.hidden]
-    if run and not any(c.outputs for c in run): yield None, "no outputs: tools/run_notebooks.py keeps them"
-    for c in run:
+    kept = any(c.outputs for c in run)
+    if run and not kept: yield None, "no outputs: tools/run_notebooks.py keeps them"
+    for c in run if kept else ():
         prints = {called(n) for n in walk_run(c.tree)} & {"print", "display", "expect_fail", "attempt"}
         if prints and not c.outputs: yield c.number, f"calls {min(prints)}, yet has no output"
         if c.plots and not c.image_bytes and "close" not in c.names: yield c.number, "plots, yet holds no figure"

@@ -66,7 +66,7 @@ def predict_map(
         classes[top:bottom], confidence[top:bottom] = p.argmax(-1) + 1, p.max(-1)
     return SceneMap(classes, confidence, run.class_names)
 
-# %% ../../nbs/5_learn/53_map.ipynb #bb44550f
+# %% ../../nbs/5_learn/53_map.ipynb #aed6591f
 def show_map(
     result:SceneMap,
     ax=None, # two matplotlib axes, for classes and confidence; a new figure if not given
@@ -76,7 +76,7 @@ def show_map(
     left, right = plt.subplots(1, 2, figsize=(8.4, 3.2))[1] if ax is None else ax
     show_labels(result.classes, result.class_names, "class", left)
     show_image(result.confidence, "confidence", right, cmap="cividis", vmin=0, vmax=1)
-    right.figure.colorbar(right.images[0], ax=right, label="probability of the class given", shrink=.8)
+    right.figure.colorbar(right.images[0], ax=right, label="probability of the class given", fraction=.045)
     return left, right
 
 # %% ../../nbs/5_learn/53_map.ipynb #1be79ca5

@@ -1,13 +1,13 @@
 """Scenes by name: where their files lie under HSI_DATA, and what to say where they do not."""
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hsi_mamba_nb.errors import InputError
 from hsi_mamba_nb.scene.scene import Scene, read_scene
 
-__all__ = ["Card", "data_folder", "list_scenes", "load_scene"]
+__all__ = ["Card", "data_folder", "is_here", "list_scenes", "load_scene", "open_again"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,20 @@ def load_scene(
     card = _CARDS[name]
     if card.files is None:
         from hsi_mamba_nb.scene.synthetic import synthetic_scene
-        return synthetic_scene(**options)
+        return replace(synthetic_scene(**options), origin=dict(scene=name, **options))
     if options:
         raise InputError(f"{name}: takes no options, got {', '.join(options)}")
     if not is_here(card):
         raise InputError(f"{name}: {' and '.join(card.files.values())} not found in {data_folder()}; {card.where}, "
                          "and put them there (or set HSI_DATA)")
-    return read_scene(data_folder()/card.files["cube"], data_folder()/card.files["labels"], class_names=card.class_names, name=name)
+    scene = read_scene(data_folder()/card.files["cube"], data_folder()/card.files["labels"], class_names=card.class_names, name=name)
+    return replace(scene, licence=card.licence, origin=dict(scene=name))
+
+
+def open_again(
+    origin: dict,  # a scene's `origin`
+) -> Scene:
+    "The scene an `origin` describes: by name where it came by name, else from its files."
+    if not origin:
+        raise InputError("the scene of this run was made from arrays; give it with --scene and --labels")
+    return load_scene(origin["scene"], **{k: v for k, v in origin.items() if k != "scene"}) if "scene" in origin else read_scene(**origin)

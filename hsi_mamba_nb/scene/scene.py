@@ -53,7 +53,7 @@ def _fit_wavelengths(nm, bands:int, name:str) -> np.ndarray: # (c,) float64
     if nm.max() < 100: raise InputError(f"{name}: wavelengths end at {nm.max():g}, which looks like micrometres; multiply by 1000")
     return nm
 
-# %% ../../nbs/1_scene/10_scene.ipynb #b575b1ad
+# %% ../../nbs/1_scene/10_scene.ipynb #18d0fc74
 @dataclass(frozen=True, eq=False)
 class Scene:
     "A hyperspectral image with what is known about it."
@@ -67,6 +67,7 @@ class Scene:
     licence:str = "" # under which the data may be used
     source:str = "" # where the data came from: a path, an address, a generator call
     label_values:tuple = () # (k,) the values the label file used for classes 1..k
+    origin:dict = field(default_factory=dict) # arguments of the call that opens it again; empty for arrays made by hand
 
     def __post_init__(self):
         put = lambda k, v: object.__setattr__(self, k, v)
@@ -122,7 +123,7 @@ def _pick(arrays:dict, axes:int, key:str|None, path:Path, option:str) -> np.ndar
     if len(fit) > 1: raise InputError(f"{path}: more than one array with {axes} axes ({holds}); name one with {option}")
     return next(iter(fit.values()))
 
-# %% ../../nbs/1_scene/10_scene.ipynb #0483ca45
+# %% ../../nbs/1_scene/10_scene.ipynb #0e38552a
 def read_scene(
     path:str|Path, # the cube: .mat (v5) or .npy, (h,w,c)
     labels:str|Path|np.ndarray|None = None, # the label map: a file of either kind, an (h,w) array, or none
@@ -135,12 +136,14 @@ def read_scene(
 ) -> Scene:
     "Read a scene from files. Raises `InputError` with the file and the way out."
     path, values = Path(path), ()
+    origin = dict(path=str(path.resolve()), key=key, labels_key=labels_key, class_names=list(class_names), name=name)
     cube = _pick(_arrays(path), 3, key, path, "key= (--key)")
     if isinstance(labels, (str, Path)):
         where = Path(labels)
         labels = _pick(_arrays(where), 2, labels_key, where, "labels_key= (--labels-key)")
-        if cube.ndim == 3: labels, values = compact_labels(_fit_labels(labels, cube.shape, str(where)), str(where)) # errors name the map's file
-    return Scene(cube, labels, class_names, wavelengths_nm, name=name or path.stem, source=str(path), label_values=values)
+        both, origin["labels"] = f"{where} for {path.name}", str(where.resolve()) # errors name the two files
+        if cube.ndim == 3: labels, values = compact_labels(_fit_labels(labels, cube.shape, both), both)
+    return Scene(cube, labels, class_names, wavelengths_nm, name=name or path.stem, source=str(path), label_values=values, origin=origin)
 
 # %% ../../nbs/1_scene/10_scene.ipynb #b01c4205
 def spread_ratio(

@@ -23,10 +23,7 @@ from ..files import write_file
 from .scene import Scene
 from ..start.notation import PART_COLOURS, UNLABELLED, show_image
 
-# %% ../../nbs/1_scene/13_split.ipynb #22b10735
-PARTS = ("train", "val", "test")
-
-# %% ../../nbs/1_scene/13_split.ipynb #22ca3600
+# %% ../../nbs/1_scene/13_split.ipynb #b4ecf280
 def _labels(scene:Scene|np.ndarray) -> np.ndarray: # (h,w) int64
     "The label map of a scene, or the array itself, checked."
     labels = scene.labels if isinstance(scene, Scene) else np.asarray(scene)
@@ -34,6 +31,12 @@ def _labels(scene:Scene|np.ndarray) -> np.ndarray: # (h,w) int64
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise InputError(f"labels must be an (h,w) map of integers 0..k, got {labels.dtype} {labels.shape}; see compact_labels")
     return labels.astype(np.int64)
+
+def _fits(split, scene:Scene|np.ndarray) -> np.ndarray: # (h,w)
+    "The label map, if it has the shape that the split was made for."
+    labels = _labels(scene)
+    if labels.shape != tuple(split.shape): raise InputError(f"labels are {labels.shape}, the split is for {tuple(split.shape)}; make it for this scene")
+    return labels
 
 # %% ../../nbs/1_scene/13_split.ipynb #4dbcfb23
 def label_agreement(
@@ -48,6 +51,9 @@ def label_agreement(
         both = (a > 0) & (b > 0)
         same, pairs = same + (both & (a == b)).sum(), pairs + both.sum()
     return float(same/pairs) if pairs else float("nan")
+
+# %% ../../nbs/1_scene/13_split.ipynb #22b10735
+PARTS = ("train", "val", "test")
 
 # %% ../../nbs/1_scene/13_split.ipynb #24f3ce32
 def _disjoint(parts:dict, shape:tuple) -> dict: # name -> (n,) int64, sorted
@@ -96,13 +102,6 @@ class Split:
         return m
     def __repr__(self):
         return f"Split {self.strategy!r} ({', '.join(f'{p} {len(getattr(self, p)):,}' for p in PARTS)}; seed {self.seed}, buffer {self.buffer}, hash {self.hash})"
-
-# %% ../../nbs/1_scene/13_split.ipynb #a285f689
-def _fits(split:Split, scene:Scene|np.ndarray) -> np.ndarray: # (h,w)
-    "The label map, if it has the shape that the split was made for."
-    labels = _labels(scene)
-    if labels.shape != tuple(split.shape): raise InputError(f"labels are {labels.shape}, the split is for {tuple(split.shape)}; make it for this scene")
-    return labels
 
 # %% ../../nbs/1_scene/13_split.ipynb #0f6aae1c
 def counts(

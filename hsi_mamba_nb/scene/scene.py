@@ -7,8 +7,8 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/1_scene/scene.html.md"""
 # %% auto #0
 __all__ = ['compact_labels', 'Scene', 'read_scene', 'spread_ratio']
 
-# %% ../../nbs/1_scene/10_scene.ipynb #61cc4846
-from dataclasses import dataclass
+# %% ../../nbs/1_scene/10_scene.ipynb #e284777e
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np

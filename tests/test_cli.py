@@ -1,14 +1,26 @@
 """The command line: what it prints, and how it refuses."""
+import io
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 
+from hsi_mamba_nb.cli import main
 
-def run(*args, cwd=None):
-    return subprocess.run([sys.executable, "-m", "hsi_mamba_nb", *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+def run(*args, cwd="."):
+    "The command in this process: a Python and a torch less to start for each of many refusals."
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code
+    return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +118,12 @@ def test_scenes_doctor_and_help():
     for command in ([], ["fit"], ["split"], ["evaluate"], ["map"], ["demo"]):
         done = run(*command, "--help")
         assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_exit_code_and_stderr_of_the_installed_command(files):
+    done = subprocess.run([sys.executable, "-m", "hsi_mamba_nb", "fit", "none.npy", "--out", "x"], capture_output=True, text=True, cwd=files, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("hsi-mamba: error: none.npy") and done.stderr.count("\n") == 1
 
 
 def test_demo_from_an_empty_folder(tmp_path):

@@ -23,7 +23,7 @@ from ..files import write_file
 from .scene import Scene
 from ..start.notation import PART_COLOURS, UNLABELLED, show_image
 
-# %% ../../nbs/1_scene/13_split.ipynb #b4ecf280
+# %% ../../nbs/1_scene/13_split.ipynb #c32d93a2
 def _labels(scene:Scene|np.ndarray) -> np.ndarray: # (h,w) int64
     "The label map of a scene, or the array itself, checked."
     labels = scene.labels if isinstance(scene, Scene) else np.asarray(scene)
@@ -38,12 +38,18 @@ def _fits(split, scene:Scene|np.ndarray) -> np.ndarray: # (h,w)
     if labels.shape != tuple(split.shape): raise InputError(f"labels are {labels.shape}, the split is for {tuple(split.shape)}; make it for this scene")
     return labels
 
-# %% ../../nbs/1_scene/13_split.ipynb #4dbcfb23
+def _check_whole(lowest:int, **values):
+    "Whole numbers, none below the lowest allowed."
+    for name, v in values.items():
+        if not isinstance(v, (int, np.integer)) or v < lowest: raise InputError(f"{name} must be a whole number, at least {lowest}, got {v}")
+
+# %% ../../nbs/1_scene/13_split.ipynb #a6ed9782
 def label_agreement(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
     distance:int = 1, # pixels, along a row or a column
 ) -> float: # 0..1; nan where no two labelled pixels are that far apart
     "Share of labelled pixel pairs, `distance` apart, with the same label."
+    _check_whole(0, distance=distance)
     labels = _labels(scene)
     same = pairs = 0
     for y in (labels, labels.T):
@@ -129,9 +135,10 @@ def show_split(
     ax.legend(handles=keys, loc="upper center", bbox_to_anchor=(.5, 0), bbox_transform=below, ncols=3, handlelength=.8, columnspacing=.8)
     return ax
 
-# %% ../../nbs/1_scene/13_split.ipynb #0b126950
+# %% ../../nbs/1_scene/13_split.ipynb #fb44ab3e
 def _draw(labels:np.ndarray, want, enough:int, seed:int) -> tuple: # three (n,) index arrays, classes left out
     "Class by class: the first pixels of a random order train, the next validate, the rest test."
+    _check_whole(0, seed=seed)
     rng, out, left = np.random.default_rng(seed), [[], [], []], []
     for k in range(1, labels.max(initial=0) + 1):
         index = rng.permutation(np.flatnonzero(labels == k))
@@ -148,11 +155,10 @@ def _finish(scene, labels:np.ndarray, parts, left:list, why:str, way_out:str, **
     names = [scene.class_names[c - 1] if isinstance(scene, Scene) else f"class {c}" for c in left]
     return Split(*parts, shape=labels.shape, left_out=tuple(left), note=f"left out ({why}): {', '.join(names)}" if left else "", **how)
 
-def _check_shares(train:float, val:float, min_per_class:int):
+def _check_shares(train:float, val:float):
     if not (train > 0 and val > 0 and train + val < 1): raise InputError(f"split: train and val are shares above 0 that leave a test part, got {train} and {val}")
-    if min_per_class < 1: raise InputError(f"split: min_per_class must be at least 1, got {min_per_class}")
 
-# %% ../../nbs/1_scene/13_split.ipynb #7e149a42
+# %% ../../nbs/1_scene/13_split.ipynb #a3a2cc06
 def split_random(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
     train:float = .1, # share of each class's pixels
@@ -161,14 +167,15 @@ def split_random(
     min_per_class:int = 5, # in each part; a class that cannot have them is left out
 ) -> Split:
     "Pixels drawn at random, class by class: the field's habit. Patches of different parts overlap."
-    _check_shares(train, val, min_per_class)
+    _check_shares(train, val)
+    _check_whole(1, min_per_class=min_per_class)
     labels = _labels(scene)
     want = lambda n: [max(min_per_class, round(share*n)) for share in (train, val)]
     parts, left = _draw(labels, want, min_per_class, seed)
     return _finish(scene, labels, parts, left, f"fewer than {min_per_class} pixels in a part", "label more pixels or lower min_per_class",
                    strategy="random", seed=seed, options=dict(train=train, val=val, min_per_class=min_per_class))
 
-# %% ../../nbs/1_scene/13_split.ipynb #c81e4328
+# %% ../../nbs/1_scene/13_split.ipynb #60dbcf64
 def split_per_class(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
     train:int = 30, # pixels of each class
@@ -177,7 +184,7 @@ def split_per_class(
     min_per_class:int = 5, # test pixels a class must keep
 ) -> Split:
     "The same number of random pixels from each class; the rest is test. Patches of different parts overlap."
-    if min(train, val, min_per_class) < 1: raise InputError(f"split: train, val and min_per_class are pixels, at least 1, got {train}, {val}, {min_per_class}")
+    _check_whole(1, train=train, val=val, min_per_class=min_per_class)
     labels = _labels(scene)
     parts, left = _draw(labels, lambda n: (train, val), min_per_class, seed)
     return _finish(scene, labels, parts, left, f"fewer than {train + val + min_per_class} pixels", "ask for fewer pixels of each class",
@@ -213,23 +220,24 @@ def near_ref(
         out[i, j] = mask[max(0, i - buffer):i + buffer + 1, max(0, j - buffer):j + buffer + 1].any()
     return out
 
-# %% ../../nbs/1_scene/13_split.ipynb #6b5a7ac4
+# %% ../../nbs/1_scene/13_split.ipynb #37fcf7b2
 def near(
     mask:np.ndarray, # (h,w) bool
     buffer:int, # pixels
 ) -> np.ndarray: # (h,w) bool
     "Pixels within Chebyshev distance `buffer` of the mask: the patches of radius `buffer` that see it."
-    if buffer < 0: raise InputError(f"buffer is a distance in pixels, at least 0, got {buffer}")
+    _check_whole(0, buffer=buffer)
     return maximum_filter(np.asarray(mask, bool), 2*buffer + 1, mode="constant", cval=False)
 
-# %% ../../nbs/1_scene/13_split.ipynb #0a2b22bc
+# %% ../../nbs/1_scene/13_split.ipynb #1f7a29d9
 def leakage_report(
     split:Split,
     patch:int, # side of the model's patch, odd
     scene:Scene|np.ndarray|None = None, # with labels, the coordinates-only score is added
 ) -> dict: # name -> number
     "What test patches share with training: pixels, whole patches, and the distance to the nearest training pixel."
-    if patch < 1 or patch % 2 == 0: raise InputError(f"patch must be an odd number of pixels, got {patch}")
+    _check_whole(1, patch=patch)
+    if patch % 2 == 0: raise InputError(f"patch must be an odd number of pixels, got {patch}")
     d = _nearest(split, "test", p=np.inf)[0]
     m, r = split.parts(), patch//2
     out = dict(patch=patch, test_pixels=len(split.test),
@@ -297,7 +305,7 @@ def _keep_most(labels:np.ndarray, quota:dict, *how) -> tuple: # masks, classes k
         quota = {k: q for k, q in quota.items() if k not in drop}
     return best, kept
 
-# %% ../../nbs/1_scene/13_split.ipynb #2f609e9b
+# %% ../../nbs/1_scene/13_split.ipynb #5dffa38a
 def split_blocks(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
     buffer:int = 4, # pixels kept free between parts: the radius of the largest patch to be used
@@ -309,8 +317,9 @@ def split_blocks(
     tries:int = 50, # offsets and dealings before a class is given up
 ) -> Split:
     "Whole blocks dealt to the parts, then a buffer cut between them: no test patch of radius `buffer` holds a training pixel."
-    _check_shares(train, val, min_per_class)
-    if buffer < 0 or block < 1 or tries < 1: raise InputError(f"split: buffer must be at least 0, block and tries at least 1, got {buffer}, {block}, {tries}")
+    _check_shares(train, val)
+    _check_whole(0, buffer=buffer, seed=seed)
+    _check_whole(1, block=block, min_per_class=min_per_class, tries=tries)
     labels = _labels(scene)
     size = np.bincount(labels.ravel())
     quota = {k: [max(min_per_class, share*size[k]) for share in (train, val)] for k in range(1, len(size)) if size[k] >= 3*min_per_class}

@@ -70,7 +70,7 @@ def vegetation(
            + .55*_step(x, 1400, 120) + .6*_step(x, 2250, 100))
     return cover*nir*np.exp(-chlorophyll*green - water*wet) + (1 - cover)*material("bare soil", x)
 
-# %% ../../nbs/1_scene/11_synthetic.ipynb #c8097520
+# %% ../../nbs/1_scene/11_synthetic.ipynb #ba017b92
 def d_prime(
     a:np.ndarray, # (c,) mean of one class
     b:np.ndarray, # (c,) mean of the other
@@ -80,6 +80,7 @@ def d_prime(
     diff = np.asarray(a, dtype=np.float64) - b
     return float(np.sqrt(diff @ np.linalg.solve(cov, diff)))
 
+# %% ../../nbs/1_scene/11_synthetic.ipynb #6ba002ea
 def two_class_accuracy(
     d:float, # distance in standard deviations
 ) -> float: # 0.5..1
@@ -119,13 +120,13 @@ def _settle(model) -> None:
         if high is not None and v > high: raise InputError(f"{name}={v} is too large: use at most {high}")
     if model.bands - model.dead_bands < 4: raise InputError(f"dead_bands={model.dead_bands} of {model.bands} leaves fewer than 4; use fewer")
 
-# %% ../../nbs/1_scene/11_synthetic.ipynb #7c2dafbf
+# %% ../../nbs/1_scene/11_synthetic.ipynb #fd26435f
 @dataclass(frozen=True)
 class SceneModel:
     "Everything a synthetic scene is drawn from; the scene and its Bayes accuracy both follow from it."
     h:int = 64 # rows
     w:int = 64 # columns
-    bands:int = 64
+    bands:int = 64 # 400 to 2500 nm
     classes:int = 6 # 2 to 20
     information:str = "both" # where classes differ: "spectrum", "space" (texture only), "both"
     contrast:float = 1. # difference between crops; 0 makes all crops one
@@ -147,7 +148,7 @@ class SceneModel:
         names, angles = _covers(self), [np.degrees(_rows(i)[0]) for i in range(self.classes)]
         return names if self.information != "space" else tuple(f"wheat, rows at {a:.0f} degrees" for a in angles)
 
-# %% ../../nbs/1_scene/11_synthetic.ipynb #7ed8e99a
+# %% ../../nbs/1_scene/11_synthetic.ipynb #e5e3e34c
 def class_spectra(
     model:SceneModel, # the knobs
 ) -> np.ndarray: # (k,c) reflectance
@@ -156,6 +157,7 @@ def class_spectra(
     crop = lambda name: vegetation(x, *_recipe(CROPS.index(name), model.contrast))
     return np.stack([crop(name) if name in CROPS else material(name, x) for name in _covers(model)])
 
+# %% ../../nbs/1_scene/11_synthetic.ipynb #b77b05b2
 def variation_modes(
     model:SceneModel, # the knobs
 ) -> np.ndarray: # (k,c,5) reflectance per standard deviation
@@ -360,13 +362,13 @@ def draw_scene(
                   name="synthetic", licence="none needed: generated", source=f"draw_scene({model}, seed={seed}, labels_per_class={labels_per_class})")
     return scene, Truth(classes, shares, parcel, light, len(_psf(model.psf))//2)
 
-# %% ../../nbs/1_scene/11_synthetic.ipynb #070af559
+# %% ../../nbs/1_scene/11_synthetic.ipynb #2e685297
 def synthetic_scene(
     h:int = 64, # rows
     w:int = 64, # columns
     bands:int = 64, # 4 or more
     classes:int = 6, # 2 to 20
-    seed:int = 0,
+    seed:int = 0, # of layout, variation, light and noise
     *,
     labels_per_class:int|None = None, # at most so many labels a class, from 5; all if not given
     **options, # other fields of SceneModel: information, contrast, snr, dead_bands, shade, border, ...
@@ -445,13 +447,13 @@ def bayes_classify(
 def _shares(model, seed) -> np.ndarray: # (k,) class shares of the layout that draw_scene draws with this seed
     return _layout(model, np.random.default_rng(seed).spawn(1)[0])[0].mean((0, 1), dtype=np.float64)
 
-# %% ../../nbs/1_scene/11_synthetic.ipynb #1ecba7f1
+# %% ../../nbs/1_scene/11_synthetic.ipynb #124ee575
 def draw_windows(
     model:SceneModel, # the knobs
     n:int, # how many
     p:int = 1, # side of the window
     priors:np.ndarray|None = None, # (k,) class shares; those of the layout of this seed if not given
-    seed:int = 0,
+    seed:int = 0, # of the draws
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (n,p*p,c) windows, (n,) classes 1..k, (n,) illumination
     "Independent windows, each inside a parcel of its own and under constant light."
     rng = np.random.default_rng([seed, n, p])
@@ -480,13 +482,13 @@ class BayesAccuracy:
 
     def __repr__(self): return f"{self.accuracy:.4f} +- {self.se:.4f} ({self.p} x {self.p} window, {self.n:,} draws)"
 
-# %% ../../nbs/1_scene/11_synthetic.ipynb #fce10b06
+# %% ../../nbs/1_scene/11_synthetic.ipynb #5dd66378
 def bayes_accuracy(
     model:SceneModel, # the knobs
     p:int = 1, # side of the window the classifier sees, odd
     n:int = 4000, # simulated windows
     priors:np.ndarray|None = None, # (k,) class shares; those of the layout of this seed if not given
-    seed:int = 0,
+    seed:int = 0, # of the draws
 ) -> BayesAccuracy:
     "Accuracy of the classifier that knows the generator, on independent pure windows, by simulation."
     if p < 1 or p % 2 == 0 or n < 100: raise InputError(f"p={p}, n={n}: use an odd window side and at least 100 draws")

@@ -68,7 +68,7 @@ def stranger(wheel, tmp_path_factory):
 
 def test_chapter_runs_with_the_wheel_alone(stranger, tmp_path):
     check = f"import {gate.PACKAGE} as p, sys; assert p.__file__.startswith(sys.prefix), p.__file__\n"
-    run_alone(ROOT/"nbs"/"2_scan"/"20_recurrence.ipynb", tmp_path, python=stranger, code=check + RUN)
+    run_alone(ROOT/"nbs"/"2_scan"/"20_recurrence.ipynb", tmp_path, limit=300, python=stranger, code=check + RUN)
 
 
 def test_command(stranger, tmp_path):

@@ -121,7 +121,7 @@ def test_scenes_doctor_and_help():
 
 
 def test_exit_code_and_stderr_of_the_installed_command(files):
-    done = subprocess.run([sys.executable, "-m", "hsi_mamba_nb", "fit", "none.npy", "--out", "x"], capture_output=True, text=True, cwd=files, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "hsi_mamba_nb", "fit", "none.npy", "--out", "x"], capture_output=True, text=True, cwd=files, timeout=900)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("hsi-mamba: error: none.npy") and done.stderr.count("\n") == 1
 

@@ -33,7 +33,7 @@ def fresh(tmp_path_factory):
         if source(path) or path.name == "_modidx.py": path.unlink()
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     code = "from nbdev.doclinks import nbdev_export; nbdev_export(); from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=env, check=True, timeout=900)
     return root
 
 

@@ -13,7 +13,7 @@ MODULES = [gate.PACKAGE] + [f"{gate.PACKAGE}.{name}" for name in ("errors", "fil
 
 
 def python(code, folder):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=folder, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=folder, timeout=900)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout
@@ -37,5 +37,5 @@ for name in part.__all__:
 assert set(part.__all__) <= set(dir(part))
 assert not hasattr(part, "no_such_name")
 print(json.dumps([len(part.__all__), missing]))"""
-    count, missing = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=True).stdout)
+    count, missing = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=900, check=True).stdout)
     assert count and not missing

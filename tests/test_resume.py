@@ -31,7 +31,7 @@ def fit(folder, out, *extra, **options):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     return out
 

@@ -49,7 +49,7 @@ def test_fit_evaluate_map_reach_the_svm(data, scene, tmp_path):
     folder, got, floor = data/"salinas_a", [], []
     for seed in SEEDS:
         out = tmp_path/f"run{seed}"
-        run = lambda *a: subprocess.run([sys.executable, "-m", "hsi_mamba_nb", *map(str, a)], capture_output=True, text=True, timeout=300)
+        run = lambda *a: subprocess.run([sys.executable, "-m", "hsi_mamba_nb", *map(str, a)], capture_output=True, text=True, timeout=900)
         done = run("fit", folder/"SalinasA_corrected.mat", "--labels", folder/"SalinasA_gt.mat", "--model", "ssa-mamba", "--split", "blocks",
                    "--seed", seed, "--epochs", 12, "--out", out)
         assert done.returncode == 0, done.stderr

@@ -266,7 +266,7 @@ def _kernels(model, k) -> list: # two (n,n) kernels of class k: its rows and whi
     both = [np.pad(f, len(g)//2) for f in (rows, 1.*((x == 0) & (y == 0)))]
     return [np.sqrt(s/(_blur(f, g)**2).sum())*f for s, f in zip((share, 1 - share), both)]
 
-# %% ../../nbs/1_scene/11_synthetic.ipynb #5497108a
+# %% ../../nbs/1_scene/11_synthetic.ipynb #1514526e
 @lru_cache(maxsize=256)
 def window_covariance(
     model:SceneModel, # the knobs
@@ -280,7 +280,9 @@ def window_covariance(
         n = 2*(len(f) + p) # room enough that the circular transform does not wrap
         lags = lags + irfft2(np.abs(rfft2(_blur(f, g), (n, n)))**2, (n, n))
     r, c = np.divmod(np.arange(p*p), p)
-    return model.field_share + (1 - model.field_share)*lags[r[:, None] - r, c[:, None] - c]
+    cov = model.field_share + (1 - model.field_share)*lags[r[:, None] - r, c[:, None] - c]
+    cov.setflags(write=False) # the cached array is shared by all callers
+    return cov
 
 # %% ../../nbs/1_scene/11_synthetic.ipynb #7ac83b05
 def _texture(model, classes, rng) -> np.ndarray: # (r,h,w) coefficients before the blur, each pixel by its class's kernels

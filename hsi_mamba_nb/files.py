@@ -29,6 +29,8 @@ def write_file(
                 part.unlink()
             raise
         _sync_folder(path.parent)
+    except FileExistsError:  # from mkdir
+        raise InputError(f"{path}: cannot be written ({path.parent} is not a folder); choose another place") from None
     except (OSError, ValueError) as e:  # ValueError: no file name, a null character in it
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); choose another place or make room") from None
     return path

@@ -4,5 +4,5 @@ from hsi_mamba_nb._lazy import lazy
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "training": ["NonFinite", "evaluate", "fit"],
     "checkpoint": ["Run", "load", "save"],
-    "map": ["SceneMap", "predict_map"],
+    "map": ["SceneMap", "predict_map", "save_map", "show_map"],
 })

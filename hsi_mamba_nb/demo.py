@@ -7,8 +7,8 @@ from hsi_mamba_nb.errors import InputError
 
 __all__ = ["run_demo"]
 
-MODEL = dict(d_model=32, depth=1)  # small enough for two trainings in a minute on 2 cores
-EPOCHS = 40
+MODEL = dict(patch=5, d_model=32, depth=1)  # small enough for two trainings in half a minute on 2 cores
+EPOCHS = 20
 
 
 def _train(scene, split, seed, out):
@@ -17,7 +17,7 @@ def _train(scene, split, seed, out):
     from hsi_mamba_nb.models.registry import create_model
     torch.manual_seed(seed)
     model = create_model("ssa-mamba", scene.bands, scene.classes, **MODEL)
-    return fit(model, scene, split, epochs=EPOCHS, patience=EPOCHS, batch_size=32, seed=seed, out=out, overwrite=True, cpu=True)
+    return fit(model, scene, split, epochs=EPOCHS, patience=EPOCHS, batch_size=32, lr=3e-3, seed=seed, out=out, overwrite=True, cpu=True)
 
 
 def run_demo(

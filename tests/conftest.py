@@ -1,7 +1,12 @@
+"""What every test finds: the real scenes, and one thread a process."""
 import os
 from pathlib import Path
 
 import pytest
+
+# The tensors here are small: on a busy machine threads only wait for each other. Two processes share the work instead.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
 
 ROOT = Path(__file__).resolve().parent.parent
 

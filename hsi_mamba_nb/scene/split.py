@@ -81,7 +81,7 @@ def _digest(split) -> str: # 16 hex digits
     for part in PARTS: data += [part.encode(), getattr(split, part).astype("<i8").tobytes()]
     return hashlib.sha256(b"".join(data)).hexdigest()[:16]
 
-# %% ../../nbs/1_scene/13_split.ipynb #7bad231a
+# %% ../../nbs/1_scene/13_split.ipynb #710cd285
 @dataclass(frozen=True, eq=False)
 class Split:
     "Disjoint pixel indices for training, validation and test, and how they came about."
@@ -90,7 +90,7 @@ class Split:
     test:np.ndarray # (n,)
     shape:tuple # (h, w) of the label map
     strategy:str # "random", "per-class", "blocks"
-    seed:int = 0
+    seed:int = 0 # of the random choices
     buffer:int = 0 # Chebyshev distance, in pixels, kept free between parts
     left_out:tuple = () # class numbers that could not have pixels in every part
     options:dict = field(default_factory=dict) # the other arguments of the strategy
@@ -109,9 +109,9 @@ class Split:
     def __repr__(self):
         return f"Split {self.strategy!r} ({', '.join(f'{p} {len(getattr(self, p)):,}' for p in PARTS)}; seed {self.seed}, buffer {self.buffer}, hash {self.hash})"
 
-# %% ../../nbs/1_scene/13_split.ipynb #0f6aae1c
+# %% ../../nbs/1_scene/13_split.ipynb #61b786ab
 def counts(
-    split:Split,
+    split:Split, # whose pixels
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
 ) -> np.ndarray: # (3,k) int64: rows train, val, test; a column a class
     "Pixels of each class in each part."
@@ -119,9 +119,9 @@ def counts(
     k = labels.max()
     return np.stack([np.bincount(labels.flat[getattr(split, p)], minlength=k + 1)[1:] for p in PARTS])
 
-# %% ../../nbs/1_scene/13_split.ipynb #ed32c6e3
+# %% ../../nbs/1_scene/13_split.ipynb #dc09e276
 def show_split(
-    split:Split,
+    split:Split, # whose pixels
     ax=None, # matplotlib axes; a new figure if not given
 ):
     "The split as a map, each part in its colour; returns the axes."
@@ -158,12 +158,12 @@ def _finish(scene, labels:np.ndarray, parts, left:list, why:str, way_out:str, **
 def _check_shares(train:float, val:float):
     if not (train > 0 and val > 0 and train + val < 1): raise InputError(f"split: train and val are shares above 0 that leave a test part, got {train} and {val}")
 
-# %% ../../nbs/1_scene/13_split.ipynb #a3a2cc06
+# %% ../../nbs/1_scene/13_split.ipynb #25ce0a80
 def split_random(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
     train:float = .1, # share of each class's pixels
-    val:float = .1,
-    seed:int = 0,
+    val:float = .1, # likewise, to validation
+    seed:int = 0, # of the random choices
     min_per_class:int = 5, # in each part; a class that cannot have them is left out
 ) -> Split:
     "Pixels drawn at random, class by class: the field's habit. Patches of different parts overlap."
@@ -175,12 +175,12 @@ def split_random(
     return _finish(scene, labels, parts, left, f"fewer than {min_per_class} pixels in a part", "label more pixels or lower min_per_class",
                    strategy="random", seed=seed, options=dict(train=train, val=val, min_per_class=min_per_class))
 
-# %% ../../nbs/1_scene/13_split.ipynb #60dbcf64
+# %% ../../nbs/1_scene/13_split.ipynb #d5be1aea
 def split_per_class(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
     train:int = 30, # pixels of each class
-    val:int = 10,
-    seed:int = 0,
+    val:int = 10, # likewise, for validation
+    seed:int = 0, # of the random choices
     min_per_class:int = 5, # test pixels a class must keep
 ) -> Split:
     "The same number of random pixels from each class; the rest is test. Patches of different parts overlap."
@@ -198,11 +198,11 @@ def _nearest(split:Split, part:str, p:float = 2) -> tuple: # (n,) distance, (n,)
     where = lambda i: np.stack(np.unravel_index(i, split.shape), 1)
     return cKDTree(where(split.train)).query(where(index), p=p)
 
-# %% ../../nbs/1_scene/13_split.ipynb #0e1c9d34
+# %% ../../nbs/1_scene/13_split.ipynb #6d12a6e4
 def coords_only_accuracy(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
-    split:Split,
-    part:str = "test",
+    split:Split, # whose pixels
+    part:str = "test", # "train", "val" or "test"
 ) -> float: # overall accuracy, 0..1
     "Accuracy of the nearest training pixel's label, found by row and column alone: no spectrum is seen."
     labels = _fits(split, scene).ravel()
@@ -229,9 +229,9 @@ def near(
     _check_whole(0, buffer=buffer)
     return maximum_filter(np.asarray(mask, bool), 2*buffer + 1, mode="constant", cval=False)
 
-# %% ../../nbs/1_scene/13_split.ipynb #1f7a29d9
+# %% ../../nbs/1_scene/13_split.ipynb #2cfd41f3
 def leakage_report(
-    split:Split,
+    split:Split, # whose pixels
     patch:int, # side of the model's patch, odd
     scene:Scene|np.ndarray|None = None, # with labels, the coordinates-only score is added
 ) -> dict: # name -> number
@@ -305,15 +305,15 @@ def _keep_most(labels:np.ndarray, quota:dict, *how) -> tuple: # masks, classes k
         quota = {k: q for k, q in quota.items() if k not in drop}
     return best, kept
 
-# %% ../../nbs/1_scene/13_split.ipynb #5dffa38a
+# %% ../../nbs/1_scene/13_split.ipynb #cc4adaa5
 def split_blocks(
     scene:Scene|np.ndarray, # a scene, or its (h,w) label map
     buffer:int = 4, # pixels kept free between parts: the radius of the largest patch to be used
     block:int = 6, # side of a block, in pixels
     min_per_class:int = 5, # pixels of each class in each part
     train:float = .1, # share of each class's pixels to deal to training
-    val:float = .1,
-    seed:int = 0,
+    val:float = .1, # likewise, to validation
+    seed:int = 0, # of the random choices
     tries:int = 50, # offsets and dealings before a class is given up
 ) -> Split:
     "Whole blocks dealt to the parts, then a buffer cut between them: no test patch of radius `buffer` holds a training pixel."
@@ -342,9 +342,9 @@ def _unruns(text:str, below:int) -> np.ndarray: # (n,) int64
     if any(len(p) > 2 or not 0 <= p[0] <= p[-1] < below for p in pairs): raise ValueError("a range outside the map")
     return np.concatenate([np.arange(p[0], p[-1] + 1) for p in pairs] or [np.empty(0)]).astype(np.int64)
 
-# %% ../../nbs/1_scene/13_split.ipynb #9eb33b1c
+# %% ../../nbs/1_scene/13_split.ipynb #7029291f
 def save_split(
-    split:Split,
+    split:Split, # whose pixels
     path:str|Path, # where to; an existing file is replaced
 ) -> Path: # the path
     "Write a split as a small text file (JSON, pixels as ranges), replacing the file in one step."

@@ -29,10 +29,10 @@ def style() -> None:
         "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
         "lines.linewidth": 1.6, "image.interpolation": "nearest", "axes.prop_cycle": plt.cycler(color=PALETTE)})
 
-# %% ../../nbs/0_start/01_notation.ipynb #4c0081e3
+# %% ../../nbs/0_start/01_notation.ipynb #c032a602
 def show_image(
     rgb:np.ndarray, # (h,w,3) in 0..1, or (h,w) values
-    title:str = "",
+    title:str = "", # the claim the picture makes
     ax=None, # matplotlib axes; a new figure if not given
     **options, # passed to imshow
 ):
@@ -85,11 +85,11 @@ def false_colour(
         rgb[..., i] = (rgb[..., i] - low)/(high - low if high > low else 1)
     return np.clip(np.nan_to_num(rgb, nan=0., posinf=0., neginf=0.), 0, 1)
 
-# %% ../../nbs/0_start/01_notation.ipynb #5aa9cd9c
+# %% ../../nbs/0_start/01_notation.ipynb #1bc6dc54
 def show_labels(
     labels:np.ndarray, # (h,w) 0 = unlabelled, 1..k
     class_names:tuple, # (k,)
-    title:str = "",
+    title:str = "", # the claim the picture makes
     ax=None, # matplotlib axes; a new figure if not given
     legend:bool = True, # name the classes beside the map
 ):
@@ -119,12 +119,12 @@ def _spread(
     out[order] = pushed - (pushed - heights[order]).mean()
     return out
 
-# %% ../../nbs/0_start/01_notation.ipynb #70efcc91
+# %% ../../nbs/0_start/01_notation.ipynb #fb246ce4
 def show_spectra(
     spectra:np.ndarray, # (m,c) one row a curve
     names:tuple = (), # (m,) written at the right end of each curve
     wavelengths_nm:np.ndarray|None = None, # (c,) for the axis; band numbers if not given
-    title:str = "",
+    title:str = "", # the claim the picture makes
     ax=None, # matplotlib axes; a new figure if not given
     colours=None, # (m,3); class colours if not given
     ylabel:str = "value", # what the spectra are, with its unit

@@ -136,7 +136,7 @@ def predict_proba(
     parts = np.array_split(np.arange(len(data)), math.ceil(len(data)/batch_size))
     return np.concatenate([model(data.batch(i)[0].to(device)).float().softmax(-1).cpu().numpy() for i in parts])
 
-# %% ../../nbs/5_learn/50_training.ipynb #187142f1
+# %% ../../nbs/5_learn/50_training.ipynb #83398dec
 def _step(accelerator, model, optimizer, x, y, lr, clip, watch) -> tuple: # terms, gradient norm
     "Forward, backward, clip, update. What is not finite is named before it can reach the weights."
     for group in optimizer.param_groups: group["lr"] = lr
@@ -146,8 +146,8 @@ def _step(accelerator, model, optimizer, x, y, lr, clip, watch) -> tuple: # term
     accelerator.unscale_gradients(optimizer)
     try: norm = clip_gradients(model, clip)
     except NonFinite:
-        if accelerator.scaler is None or accelerator.scaler.get_scale() < 1: raise
-        norm = 0. # fp16: the scaler skips this step and lowers its scale
+        if not (accelerator.scaler and accelerator.scaler.is_enabled() and accelerator.scaler.get_scale() >= 1): raise
+        norm = 0. # fp16: the scaler skips this step and halves its scale
     optimizer.step()
     optimizer.zero_grad()
     split = {f"loss_{k}": v for k, v in terms.items()} if len(terms) > 1 else {}
@@ -212,7 +212,7 @@ def _check_args(args) -> None:
     for name, (fits, rule) in rules.items():
         if not fits(args[name]): raise InputError(f"{name} must be {rule}; got {args[name]!r}")
 
-# %% ../../nbs/5_learn/50_training.ipynb #a0beb9cb
+# %% ../../nbs/5_learn/50_training.ipynb #61abfc65
 def _check_scene(model, scene, split) -> None:
     if model.takes != "patch": raise InputError(f"{model.name}: takes {model.takes!r}; fit trains models that take patches")
     if scene.labels is None: raise InputError(f"{scene.name}: has no labels to train on")
@@ -221,7 +221,7 @@ def _check_scene(model, scene, split) -> None:
         raise InputError(f"{scene.name}: has {scene.bands} bands and {scene.classes} classes, the model was made for {model.bands} and {model.classes}")
     for part, least in (("train", 2), ("val", 1)):
         index = getattr(split, part)
-        if len(index) < least: raise InputError(f"split: {part} has {len(index)} pixels, at least {least} are needed; split with more labels in {part}")
+        if len(index) < least: raise InputError(f"split: too few pixels in {part}: {len(index)}, at least {least} are needed; give {part} more labels")
         if not scene.labels.flat[index].all(): raise InputError(f"split: {part} holds unlabelled pixels of {scene.name}; was it made for another label map?")
         bad = ~np.isfinite(scene.cube[np.unravel_index(index, scene.shape)]).all(1)
         if bad.any(): raise InputError(f"{scene.name}: {bad.sum()} {part} pixels hold nan or inf; set their labels to 0 before the split")
@@ -243,13 +243,14 @@ def _open_folder(out, split, resume, overwrite) -> Path:
     if not (out/"state.safetensors").is_file(): save_split(split, out/"split.json") # where nothing can be written, fail now and not in an hour
     return out
 
-# %% ../../nbs/5_learn/50_training.ipynb #84728963
+# %% ../../nbs/5_learn/50_training.ipynb #737ff670
 def _accelerator(cpu, precision):
     from accelerate import Accelerator # slow to import
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True) # it is shared: device and precision of an earlier call would stick
     try: accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     except ValueError as e: raise InputError(f"precision {precision!r} does not work here ({str(e).splitlines()[0]}); use precision 'no'") from None
+    if precision == "fp16" and accelerator.device.type == "cpu": raise InputError("precision 'fp16' needs a GPU; use precision 'no' or 'bf16'")
     if accelerator.num_processes > 1: raise InputError("fit trains in one process; start it without `accelerate launch`")
     return accelerator
 
@@ -337,7 +338,7 @@ def history_table(
     kept = best_epoch(history) if history else -1
     return "\n".join(" ".join(f"{v:>{w}}" for v, w in zip(row, width)) + (" *" if i == kept + 1 else "") for i, row in enumerate(rows))
 
-# %% ../../nbs/5_learn/50_training.ipynb #5745465d
+# %% ../../nbs/5_learn/50_training.ipynb #0eaa179b
 def show_history(
     run:Run, # from `fit` or `load`
     ax=None, # matplotlib axes; a new figure if not given
@@ -346,9 +347,10 @@ def show_history(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots()[1]
     epoch, kept = [row["epoch"] for row in run.history], run.history[best_epoch(run.history)]
-    for name, key, shift in (("training", "loss", -4), ("validation", "val_loss", 4)):
+    above = run.history[-1]["val_loss"] > run.history[-1]["loss"]
+    for name, key, up in (("training", "loss", not above), ("validation", "val_loss", above)):
         line, = ax.plot(epoch, [row[key] for row in run.history], marker=".")
-        ax.annotate(name, (epoch[-1], run.history[-1][key]), xytext=(6, shift), textcoords="offset points", va="center", color=line.get_color(), fontsize=8)
+        ax.annotate(name, (epoch[-1], run.history[-1][key]), xytext=(6, 5 if up else -5), textcoords="offset points", va="center", color=line.get_color(), fontsize=8)
     late = 2*kept["epoch"] > epoch[-1]
     ax.axvline(kept["epoch"], color="grey", lw=.8, ls="--", zorder=0)
     ax.annotate(f"kept: epoch {kept['epoch']}\nvalidation OA {kept['val_oa']:.3f}", (kept["epoch"], 1), xycoords=("data", "axes fraction"),

@@ -126,7 +126,9 @@ def evaluate(args):
 
 
 def map_(args):
-    from hsi_mamba_nb.learn.map import predict_map, save_map
+    from hsi_mamba_nb.learn.map import MAP_SUFFIXES, predict_map, save_map
+    if Path(args.out).suffix.lower() not in MAP_SUFFIXES:  # before the work, not after it
+        raise InputError(f"{args.out}: a map is written as {' or '.join(MAP_SUFFIXES)}; choose one of these endings")
     run, scene = _run_and_scene(args)
     print(f"wrote {save_map(predict_map(run, scene), args.out)}")
 

@@ -32,7 +32,7 @@ def files(tmp_path_factory):
     np.save(folder/"labels.npy", scene.labels)
     savemat(folder/"two.mat", dict(a=scene.cube, b=scene.cube, gt=scene.labels))
     np.save(folder/"wide.npy", scene.cube[:, :40])
-    np.save(folder/"transposed.npy", scene.labels[:40].T)
+    np.save(folder/"transposed.npy", scene.labels[:, :40].T)
     np.save(folder/"halves.npy", scene.labels + .5)
     np.save(folder/"zeros.npy", scene.labels*0)
     (folder/"broken.npy").write_bytes((folder/"cube.npy").read_bytes()[:500])

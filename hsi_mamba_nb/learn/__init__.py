@@ -2,7 +2,7 @@
 from hsi_mamba_nb._lazy import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
-    "training": ["NonFinite", "evaluate", "fit"],
+    "training": ["NonFinite", "evaluate", "fit", "history_table", "show_history"],
     "checkpoint": ["Run", "load", "save"],
     "map": ["SceneMap", "predict_map", "save_map", "show_map"],
 })

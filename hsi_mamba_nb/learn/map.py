@@ -35,7 +35,7 @@ class SceneMap:
 # %% ../../nbs/5_learn/53_map.ipynb #80fb077b
 @torch.no_grad()
 def predict_map_ref(
-    run:Run,
+    run:Run, # trained
     scene:Scene, # small: one forward pass a pixel
 ) -> SceneMap:
     "Pixel after pixel through the slow patch: the oracle of `predict_map`."
@@ -49,10 +49,10 @@ def predict_map_ref(
 
 # %% ../../nbs/5_learn/53_map.ipynb #264ff5dc
 def predict_map(
-    run:Run,
+    run:Run, # trained
     scene:Scene, # labels are not needed; the cube may be memory-mapped
     strip:int = 32, # rows classified at a time; they and a margin are in memory
-    progress:bool = True,
+    progress:bool = True, # show a bar, one step a strip
 ) -> SceneMap:
     "Class and confidence of every pixel, strip by strip; the strip's height changes memory, not the map."
     check_fits(run, scene)
@@ -68,7 +68,7 @@ def predict_map(
 
 # %% ../../nbs/5_learn/53_map.ipynb #aed6591f
 def show_map(
-    result:SceneMap,
+    result:SceneMap, # from `predict_map`
     ax=None, # two matplotlib axes, for classes and confidence; a new figure if not given
 ): # the two axes
     "Classes with their names, and beside them the confidence."
@@ -83,7 +83,7 @@ def show_map(
 MAP_SUFFIXES = (".png", ".npy")
 
 def save_map(
-    result:SceneMap,
+    result:SceneMap, # from `predict_map`
     path:str|Path, # .png: classes with legend and confidence; .npy: (h,w) int16 classes 1..k
 ) -> Path:
     "Write a map, replacing the file in one step."

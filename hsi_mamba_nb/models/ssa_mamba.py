@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
     "Queries from one sequence, keys and values from another."
     def __init__(self,
         d:int, # width
-        heads:int = 8,
+        heads:int = 8, # each sees d/heads channels
     ):
         super().__init__()
         self.heads = heads
@@ -93,7 +93,7 @@ class Fusion(nn.Module):
     "Gate, two-layer perceptron and squeeze-excitation on the spatial and the attended features."
     def __init__(self,
         d:int, # width
-        dropout:float = .1,
+        dropout:float = .1, # share of values dropped in training
     ):
         super().__init__()
         self.gate, self.norm_in = nn.Linear(2*d, d), nn.LayerNorm(2*d)
@@ -114,7 +114,7 @@ class Block(nn.Module):
         d_conv:int, # width of the convolution
         expand:int, # inner width over d
         heads:int, # of the attention
-        dropout:float,
+        dropout:float, # share of values dropped in training
     ):
         super().__init__()
         self.spatial, self.spectral = Unit(d, n, d_conv, expand), Unit(d, n, d_conv, expand)
@@ -130,7 +130,7 @@ class Integrate(nn.Module):
     "Mix neighbouring pixels once more, squeeze and excite, and add the input features back."
     def __init__(self,
         d:int, # width
-        dropout:float = .1,
+        dropout:float = .1, # share of values dropped in training
     ):
         super().__init__()
         self.mix = nn.Sequential(nn.Conv2d(d, d, 3, padding=1, groups=d), nn.Conv2d(d, d, 1), nn.BatchNorm2d(d), nn.GELU(), nn.Dropout2d(dropout))
@@ -161,7 +161,7 @@ class SSAMamba(HSIModel):
         d_conv:int = 3, # width of the convolution in a unit
         expand:int = 2, # inner width of a unit over d_model
         heads:int = 8, # of the attention
-        dropout:float = .1,
+        dropout:float = .1, # share of values dropped in training
     ):
         super().__init__()
         self.patch, self.input = patch, _input(bands, d_model, dropout)

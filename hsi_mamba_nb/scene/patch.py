@@ -90,8 +90,8 @@ class Standardizer:
 # %% ../../nbs/1_scene/14_patch.ipynb #ac3b3435
 def patch_ref(
     cube:np.ndarray, # (h,w,c)
-    row:int, # the centre
-    col:int,
+    row:int, # of the centre
+    col:int, # of the centre
     patch:int, # side, odd
 ) -> np.ndarray: # (c,p,p) of the cube's dtype
     "One patch, pixel by pixel: the slow oracle."

@@ -38,14 +38,15 @@ def run_demo(
     scene = load_scene("synthetic", seed=seed)
     print(scene)
     write_file(out/"demo.json", "{}\n")  # from here on the folder is known as a demo's
-    table, runs = {}, {}
+    table, runs, scores = {}, {}, {}
     blocks = split_blocks(scene, seed=seed)
     share = len(blocks.train)/(scene.labels > 0).sum()  # as many training pixels, so that only their place differs
     for name, split in (("blocks", blocks), ("random", split_random(scene, train=share, seed=seed))):
         print(split, split.note, sep="\n" if split.note else "")
         run = runs[name] = _train(scene, split, seed, out/name)
-        table[f"{name} split"] = {"ssa-mamba": evaluate(run, scene).oa, "coordinates only": coords_only_accuracy(scene, split)}
-    print(evaluate(runs["blocks"], scene).table(), "", sep="\n")
+        scores[name] = evaluate(run, scene)
+        table[f"{name} split"] = {"ssa-mamba": scores[name].oa, "coordinates only": coords_only_accuracy(scene, split)}
+    print(scores["blocks"].table(), "", sep="\n")
     print(f"{'overall accuracy on test pixels':<34}{'ssa-mamba':>12}{'coordinates only':>20}")
     for name, row in table.items():
         print(f"{name + ', seed ' + str(seed) + ', ' + str(len(runs[name.split()[0]].split.train)) + ' training pixels':<34}"

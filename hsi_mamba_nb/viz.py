@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from hsi_mamba_nb.files import write_file
-from hsi_mamba_nb.start.notation import PALETTE, PART_COLOURS, UNLABELLED, class_colours, false_colour, show_image, show_labels, style
+from hsi_mamba_nb.learn.training import show_history
+from hsi_mamba_nb.scene.split import show_split
+from hsi_mamba_nb.start.notation import PALETTE, class_colours, false_colour, show_image, show_labels, style
 
 __all__ = ["save_figure", "thread_picture"]
 
@@ -20,24 +22,6 @@ def save_figure(
     fig.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png")
     plt.close(fig)
     return write_file(path, buffer.getvalue())
-
-
-def _parts(ax, split):
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-    colours = np.array([to_rgb(UNLABELLED), *(to_rgb(c) for c in PART_COLOURS.values())])
-    show_image(colours[split.parts()], "Who may learn from what: blocks with a buffer", ax)
-    handles = [Patch(color=c, label=f"{p} ({len(getattr(split, p)):,})") for p, c in PART_COLOURS.items()]
-    ax.legend(handles=handles + [Patch(color=UNLABELLED, label="buffer, unlabelled")], loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def _curves(ax, history):
-    epoch = [row["epoch"] for row in history]
-    ax.plot(epoch, [row["loss"] for row in history], color=PALETTE[0])
-    ax.annotate("training loss", (epoch[0], history[0]["loss"]), xytext=(8, 0), textcoords="offset points", color=PALETTE[0], fontsize=8)
-    ax.plot(epoch, [row["val_oa"] for row in history], color=PALETTE[5])
-    ax.annotate("validation OA", (epoch[-1], history[-1]["val_oa"]), xytext=(0, 5), textcoords="offset points", ha="right", color=PALETTE[5], fontsize=8)
-    ax.set(title="Training, epochs chosen on validation pixels", xlabel="epoch", ylabel="loss, accuracy", ylim=(0, None))
 
 
 def _bars(ax, table):
@@ -65,8 +49,8 @@ def thread_picture(
     fig, ax = plt.subplots(2, 3, figsize=(15, 8))
     show_image(false_colour(scene.cube, scene.wavelengths_nm), f"{scene.name}: {scene.shape[0]} x {scene.shape[1]} pixels, {scene.bands} bands", ax[0, 0])
     show_labels(scene.labels, scene.class_names, "What is on the ground", ax[0, 1])
-    _parts(ax[0, 2], run.split)
+    show_split(run.split, ax[0, 2]).set_title("Who may learn from what: blocks with a buffer")
     show_image(class_colours(scene.classes)[result.classes], "What the model says", ax[1, 0])
-    _curves(ax[1, 1], run.history)
+    show_history(run, ax[1, 1])
     _bars(ax[1, 2], table)
     return fig

@@ -7,7 +7,7 @@ KATEX := .node/node_modules/katex/package.json
 STAMP := .venv/installed
 comma := ,
 
-.PHONY: demo test notebooks export readme gate clean
+.PHONY: demo test notebooks export readme gate fuzz clean
 demo: $(STAMP)
 	$(BIN)/hsi-mamba demo
 
@@ -26,6 +26,9 @@ readme: $(STAMP)  ## index.ipynb -> README.md
 
 gate: $(STAMP)  ## style, one row a notebook
 	$(BIN)/python tools/gate.py
+
+fuzz: $(STAMP)  ## 20,000 broken files for every reader; another day, another SEED
+	$(BIN)/python tests/fuzz.py --inputs 20000 --seed $(or $(SEED),2) $(if $(HSI_DATA),--data $(HSI_DATA))
 
 clean:
 	rm -rf .venv .node build dist _docs _proc .pytest_cache .hypothesis *.egg-info

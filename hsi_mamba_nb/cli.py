@@ -17,26 +17,39 @@ class _Parser(argparse.ArgumentParser):
 
 def _scene(args):
     "The scene an argument names: a file where there is one, else a name."
-    from hsi_mamba_nb.scene.registry import load_scene
-    from hsi_mamba_nb.scene.scene import read_scene
-    path = Path(args.scene)
-    if not path.suffix and not path.exists():
-        if args.labels:
-            raise InputError(f"{args.scene}: no such file, and a scene by name brings its own labels; drop --labels or correct the path")
-        return load_scene(args.scene)
-    return read_scene(path, args.labels, key=args.key, labels_key=args.labels_key)
+    from hsi_mamba_nb.scene.formats import read_scene
+    from hsi_mamba_nb.scene.registry import list_scenes, load_scene
+    path, masks = Path(args.scene), getattr(args, "masks", None)
+    options = {k: v for k, v in dict(labels=masks, drop_bands=args.drop_bands, nodata=args.nodata).items() if v is not None}
+    if path.suffix or path.is_file() or path.exists() and args.scene not in [c.name for c in list_scenes()]:
+        scene = read_scene(path, **dict(labels=args.labels) | options, key=args.key, labels_key=args.labels_key, shape=args.shape and tuple(args.shape), purity=args.purity)
+    elif args.labels or args.key or args.labels_key or args.shape or args.purity:
+        raise InputError(f"{args.scene}: no such file, and a scene by name knows its own files; drop --labels and what describes a file, or correct the path")
+    else:
+        scene = load_scene(args.scene, **options)
+    for note in scene.notes:
+        print(f"note: {note}")
+    return scene
 
 
 def _split(args, scene):
-    "The split an argument names: a strategy, or a file written by `hsi-mamba split`."
+    "The split an argument names: a strategy, a pair of masks, or a file written by `hsi-mamba split`."
     from hsi_mamba_nb.scene import split as s
+    if args.masks:
+        import numpy as np
+        from hsi_mamba_nb.scene.formats import read_labels
+        if args.labels:
+            raise InputError(f"--labels {args.labels}: with --masks the two masks are the labels; drop one of the two options")
+        pair = [np.where(scene.labels > 0, read_labels(f), 0) for f in args.masks]  # pixels without data have lost their label
+        return s.split_published(*pair, seed=args.seed, min_per_class=args.min_per_class, name=" and ".join(args.masks))[0]
     if args.split.endswith(".json"):
         return s.load_split(args.split)
     if scene.labels is None:
         raise InputError(f"{args.scene}: has no labels; give the label map with --labels")
     make = {"blocks": lambda: s.split_blocks(scene, buffer=args.buffer, block=args.block, min_per_class=args.min_per_class, seed=args.seed),
             "random": lambda: s.split_random(scene, min_per_class=args.min_per_class, seed=args.seed),
-            "per-class": lambda: s.split_per_class(scene, train=args.per_class, min_per_class=args.min_per_class, seed=args.seed)}
+            "per-class": lambda: s.split_per_class(scene, train=args.per_class, min_per_class=args.min_per_class, seed=args.seed),
+            "halves": lambda: s.split_halves(scene, buffer=args.buffer, min_per_class=args.min_per_class, seed=args.seed)}
     if args.split not in make:
         raise InputError(f"--split {args.split}: not one of {', '.join(make)}, nor a .json file")
     return make[args.split]()
@@ -56,30 +69,61 @@ def demo(args):
 
 
 def scenes(args):
-    from hsi_mamba_nb.scene.registry import data_folder, is_here, list_scenes
+    from hsi_mamba_nb.scene.registry import data_folder, list_scenes, missing
     print(f"data folder: {data_folder()} (set HSI_DATA to change it)")
     for c in list_scenes():
-        here = "made on demand" if c.files is None else "found" if is_here(c) else "missing"
-        print(f"{c.name:<12} {here:<15} {c.size:<16} {c.title}\n{'':<28} licence: {c.licence}")
-        if here == "missing":
-            print(f"{'':<28} to get it: {c.where}; put the files in {(data_folder()/c.files['cube']).parent}")
+        gone = missing(c)
+        state = "generated" if c.files is None else "found" if not gone else "missing" if len(gone) == len(c.files) else f"{len(gone)} of {len(c.files)} missing"
+        about = [f"{c.classes} classes" if c.classes else "", c.sensor, c.title]
+        last = [c.note]
+        if gone:
+            last = [f"get it: hsi-mamba fetch {c.name}" if c.fetchable else f"get it: {c.where}; put it in {c.folder.name}/"] + last
+        print(f"{c.name:<15} {state:<15} {c.size:<17} {', '.join(filter(None, about))}\n{'':<15} licence: {c.licence}")
+        if any(last):
+            print(f"{'':<15} {'; '.join(filter(None, last))}")
+
+
+def fetch(args):
+    from hsi_mamba_nb.scene.registry import fetch_scene, get_card
+    card = get_card(args.name)
+    print(f"{card.name}: {card.title}, {card.size}\nlicence: {card.licence}" + (f"\n{card.note}" if card.note else ""), flush=True)
+    try:
+        paths = fetch_scene(card.name, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        print(f"stopped; `hsi-mamba fetch {card.name}` goes on where it stopped", file=sys.stderr)
+        raise
+    for path, file in zip(paths, card.files.values()):
+        print(f"{path}  {path.stat().st_size:,} bytes, {'checksum as published' if file.sha1 else 'array as expected' if file.mirrors else 'found, not checked'}")
+    print(f"next: hsi-mamba split {card.name}")
 
 
 def split(args):
-    from hsi_mamba_nb.scene.split import counts, leakage_report, save_split
+    from hsi_mamba_nb.scene import split as s
+    if args.figure and Path(args.figure).suffix.lower() not in (".png", ".svg", ".pdf"):  # before the work, not after it
+        raise InputError(f"{args.figure}: a figure is written as .png, .svg or .pdf; choose one of these endings")
     scene = _scene(args)
     made = _split(args, scene)
     print(scene, made, sep="\n")
     if made.note:
         print(made.note)
-    width = max(map(len, scene.class_names))
-    print(f"{'class':<{width}}  {'train':>7} {'val':>7} {'test':>7}")
-    for name, row in zip(scene.class_names, counts(made, scene).T):
-        print(f"{name:<{width}}  " + " ".join(f"{n:>7,}" for n in row))
-    for k, v in leakage_report(made, args.patch, scene).items():
-        print(f"{k.replace('_', ' ')}: {v:.4f}" if isinstance(v, float) else f"{k.replace('_', ' ')}: {v}")
+    print(s.counts_table(made, scene))
+    for k, v in s.leakage_report(made, args.patch, scene).items():
+        if isinstance(v, dict):
+            v = "  ".join(f"{at}: {n:,}" for at, n in v.items())
+        print(f"{k.replace('_', ' ')}: {f'{v:.4f}' if isinstance(v, float) else 'none on this map' if v is None else v}")
+    if args.ladder:
+        print(s.ladder_table(s.split_ladder(scene, args.patch, range(args.seed, args.seed + 3))))
+    if args.figure:
+        import matplotlib.pyplot as plt
+        from hsi_mamba_nb.start.notation import style
+        from hsi_mamba_nb.viz import save_figure
+        style()
+        fig, ax = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1, 1.3))
+        s.show_split(made, ax[0])
+        s.show_leakage(made, args.patch, ax[1])
+        print(f"wrote {save_figure(fig, args.figure)}")
     if args.out:
-        print(f"wrote {save_split(made, args.out)}")
+        print(f"wrote {s.save_split(made, args.out)}")
 
 
 def fit(args):
@@ -128,8 +172,10 @@ def evaluate(args):
 def map_(args):
     from hsi_mamba_nb.learn.map import MAP_SUFFIXES, predict_map, save_map
     if Path(args.out).suffix.lower() not in MAP_SUFFIXES:  # before the work, not after it
-        raise InputError(f"{args.out}: a map is written as {' or '.join(MAP_SUFFIXES)}; choose one of these endings")
+        raise InputError(f"{args.out}: a map is written as {', '.join(MAP_SUFFIXES)}; choose one of these endings")
     run, scene = _run_and_scene(args)
+    if Path(args.out).suffix.lower() == ".tif" and not scene.transform:
+        print(f"note: {scene.name} has no place on the ground, nor will the GeoTIFF")
     print(f"wrote {save_map(predict_map(run, scene), args.out)}")
 
 
@@ -139,18 +185,28 @@ def doctor(args):
 
 
 def _add_scene(p, optional=False):
-    flag = dict(nargs="?") if optional else {}
-    p.add_argument("--scene" if optional else "scene", metavar="SCENE", **({} if optional else flag), help="a cube file (.mat, .npy) or a scene's name"
-                   + ("; default: the one the run was trained on" if optional else ", see `hsi-mamba scenes`"))
-    p.add_argument("--labels", metavar="FILE", help="the label map of a cube file; 0 = unlabelled")
-    p.add_argument("--key", help="name of the cube inside the file, where several fit")
-    p.add_argument("--labels-key", help="name of the label map inside its file")
+    what = "a cube file (.mat, ENVI, GeoTIFF, .npy, .npz) or a scene's name"
+    if optional:
+        p.add_argument("--scene", metavar="SCENE", help=f"{what}; default: the one the run was trained on")
+    else:
+        p.add_argument("scene", metavar="SCENE", help=f"{what}, see `hsi-mamba scenes`")
+    g = p.add_argument_group("about the file")
+    g.add_argument("--labels", metavar="FILE", help="the label map of a cube file; 0 = unlabelled")
+    g.add_argument("--key", help="name of the cube inside the file, where several fit")
+    g.add_argument("--labels-key", help="name of the label map inside its file; without --labels, inside the cube's")
+    g.add_argument("--shape", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="of a matrix of bands x pixels, pixels down the columns")
+    g.add_argument("--purity", type=float, help="the labels are abundances: the share from which a pixel counts as pure, e.g. 0.8")
+    g.add_argument("--drop-bands", metavar="LIST", help="bands to leave out, counted from 1, like 1-3,12; or dead: those that are constant or empty")
+    g.add_argument("--nodata", type=float, metavar="VALUE", help="value of pixels without data, e.g. -9999 (default: what the file's header says)")
 
 
 def _add_split(p):
-    p.add_argument("--split", default="blocks", metavar="blocks|random|per-class|FILE.json", help="how pixels are dealt to train, val and test (default: blocks)")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--split", default="blocks", metavar="blocks|halves|random|per-class|FILE.json",
+                     help="how pixels are dealt to train, val and test (default: blocks)")
+    how.add_argument("--masks", nargs=2, metavar=("TRAIN", "TEST"), help="a published pair of label maps instead: their numbers are the labels, their pixels the parts")
     p.add_argument("--seed", type=int, default=0, help="of the split and of training (default: 0)")
-    p.add_argument("--buffer", type=int, default=4, help="blocks: pixels kept free between parts, at least the patch radius (default: 4)")
+    p.add_argument("--buffer", type=int, default=4, help="blocks and halves: pixels kept free between parts, at least the patch radius (default: 4)")
     p.add_argument("--block", type=int, default=6, help="blocks: side of a block in pixels (default: 6)")
     p.add_argument("--per-class", type=int, default=30, help="per-class: training pixels a class (default: 30)")
     p.add_argument("--min-per-class", type=int, default=5, help="pixels each class must have in each part (default: 5)")
@@ -174,10 +230,16 @@ def _parser():
 
     command("scenes", scenes, "the scenes known by name, and which are on this machine")
 
+    c = command("fetch", fetch, "download a scene, checked")
+    c.add_argument("name", metavar="NAME", help="a scene's name, see `hsi-mamba scenes`")
+    c.add_argument("--overwrite", action="store_true", help="replace a file that is here and not what it should be")
+
     c = command("split", split, "deal a scene's labelled pixels to train, val and test, and say what leaks")
     _add_scene(c)
     _add_split(c)
     c.add_argument("--patch", type=int, default=9, help="patch side for the leakage report (default: 9)")
+    c.add_argument("--ladder", action="store_true", help="also compare six ways to split this scene: what leaks, and what position alone scores")
+    c.add_argument("--figure", metavar="FILE.png", help="draw the split, and how far test pixels are from training")
     c.add_argument("--out", metavar="FILE.json", help="write the split")
 
     c = command("fit", fit, "train a model on a scene")
@@ -202,7 +264,7 @@ def _parser():
 
     c = command("map", map_, "classify every pixel and draw the map")
     c.add_argument("run", metavar="RUN", help="a folder that `fit` wrote")
-    c.add_argument("--out", required=True, metavar="FILE", help=".png (map with legend) or .npy (class numbers)")
+    c.add_argument("--out", required=True, metavar="FILE", help=".png (map with legend), .tif (GeoTIFF, on the ground) or .npy (class numbers)")
     _add_scene(c, optional=True)
 
     command("doctor", doctor, "what is installed, what works here, and what to do about the rest")

@@ -7,7 +7,8 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/map.html.md"""
 # %% auto #0
 __all__ = ['MAP_SUFFIXES', 'SceneMap', 'predict_map_ref', 'predict_map', 'show_map', 'save_map']
 
-# %% ../../nbs/5_learn/53_map.ipynb #e1f6a28c
+# %% ../../nbs/5_learn/53_map.ipynb #0e30309c
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,15 +23,17 @@ from .checkpoint import Run
 from .training import check_fits, predict_proba
 from ..scene.patch import PatchDataset, patch_ref
 from ..scene.scene import Scene
-from ..start.notation import show_image, show_labels
+from ..start.notation import class_colours, show_image, show_labels
 
-# %% ../../nbs/5_learn/53_map.ipynb #667898af
+# %% ../../nbs/5_learn/53_map.ipynb #5b19502e
 @dataclass(frozen=True, eq=False)
 class SceneMap:
     "A classified scene."
-    classes:np.ndarray # (h,w) int16, 1..k
+    classes:np.ndarray # (h,w) int16, 1..k; 0 where the scene holds no data
     confidence:np.ndarray # (h,w) float32: probability of the class given
     class_names:tuple # (k,)
+    crs:str|None = None # coordinate system of the scene
+    transform:tuple|None = None # 6 numbers of the affine map from pixel to ground
 
 # %% ../../nbs/5_learn/53_map.ipynb #80fb077b
 @torch.no_grad()
@@ -47,24 +50,25 @@ def predict_map_ref(
     p = np.stack(p).reshape(h, w, -1)
     return SceneMap((p.argmax(-1) + 1).astype(np.int16), p.max(-1), run.class_names)
 
-# %% ../../nbs/5_learn/53_map.ipynb #264ff5dc
+# %% ../../nbs/5_learn/53_map.ipynb #097363d6
 def predict_map(
     run:Run, # trained
     scene:Scene, # labels are not needed; the cube may be memory-mapped
     strip:int = 32, # rows classified at a time; they and a margin are in memory
-    progress:bool = True, # show a bar, one step a strip
+    progress:bool = True, # show a bar, one step a strip, where someone watches
 ) -> SceneMap:
     "Class and confidence of every pixel, strip by strip; the strip's height changes memory, not the map."
     check_fits(run, scene)
     if strip < 1: raise InputError(f"strip must be at least 1 row, got {strip}")
     (h, w), patch = scene.shape, run.model.patch
     classes, confidence = np.empty((h, w), np.int16), np.empty((h, w), np.float32)
-    for top in tqdm(range(0, h, strip), desc="map", unit="strip", disable=not progress):
+    for top in tqdm(range(0, h, strip), desc="map", unit="strip", disable=None if progress else True):
         bottom = min(top + strip, h)
-        data = PatchDataset(scene.cube, np.arange(top*w, bottom*w), None, patch, run.scale, rows=(top, bottom))
+        data = PatchDataset(scene.cube, np.arange(top*w, bottom*w), None, patch, run.scale, rows=(top, bottom), nodata=scene.nodata)
         p = predict_proba(run, data).reshape(bottom - top, w, -1)
         classes[top:bottom], confidence[top:bottom] = p.argmax(-1) + 1, p.max(-1)
-    return SceneMap(classes, confidence, run.class_names)
+        classes[top:bottom][data.missing] = confidence[top:bottom][data.missing] = 0
+    return SceneMap(classes, confidence, run.class_names, scene.crs, scene.transform)
 
 # %% ../../nbs/5_learn/53_map.ipynb #aed6591f
 def show_map(
@@ -79,22 +83,47 @@ def show_map(
     right.figure.colorbar(right.images[0], ax=right, label="probability of the class given", fraction=.045)
     return left, right
 
-# %% ../../nbs/5_learn/53_map.ipynb #1be79ca5
-MAP_SUFFIXES = (".png", ".npy")
+# %% ../../nbs/5_learn/53_map.ipynb #e25dd41b
+MAP_SUFFIXES = (".png", ".tif", ".npy")
 
+# %% ../../nbs/5_learn/53_map.ipynb #840ddc16
+def _picture(result) -> bytes: # PNG
+    from matplotlib.figure import Figure
+    h, w = result.classes.shape
+    scale = min(max(4/max(h, w), .01), 40/max(h, w)) # inches a pixel: no map under 4 inches, a dot a pixel at 100 dpi, none over 40
+    fig, out = Figure(figsize=(2*w*scale + 3.2, h*scale + .8), layout="constrained"), BytesIO()
+    show_map(result, fig.subplots(1, 2))
+    fig.savefig(out, format="png", dpi=100)
+    return out.getvalue()
+
+def _geotiff(result, path) -> bytes: # classes as they stand on the ground, in their colours, 0 = no data
+    try:
+        from rasterio.io import MemoryFile
+        from rasterio.transform import Affine
+    except ImportError: raise InputError(f'{path}: GeoTIFF needs rasterio; pip install "hsi-mamba-nb[geo]"') from None
+    (h, w), k = result.classes.shape, len(result.class_names)
+    kind = "uint8" if k < 256 else "int16"
+    place = dict(crs=result.crs, transform=result.transform and Affine(*result.transform))
+    with MemoryFile() as memory, warnings.catch_warnings():
+        warnings.simplefilter("ignore") # a scene without a place makes a map without one
+        with memory.open(driver="GTiff", height=h, width=w, count=1, dtype=kind, nodata=0, compress="deflate", **place) as f:
+            f.write(result.classes.astype(kind), 1)
+            f.update_tags(**{f"CLASS_{n}": name for n, name in enumerate(result.class_names, 1)})
+            f.set_band_description(1, "class")
+            if kind == "uint8": f.write_colormap(1, {n: tuple(int(255*v) for v in c[:3]) for n, c in enumerate(class_colours(k))})
+        return memory.read()
+
+def _numbers(result) -> bytes:
+    out = BytesIO()
+    np.save(out, result.classes)
+    return out.getvalue()
+
+# %% ../../nbs/5_learn/53_map.ipynb #b0009d2d
 def save_map(
     result:SceneMap, # from `predict_map`
-    path:str|Path, # .png: classes with legend and confidence; .npy: (h,w) int16 classes 1..k
+    path:str|Path, # .png: classes with legend and confidence; .tif: classes on the ground; .npy: (h,w) int16 classes 1..k
 ) -> Path:
     "Write a map, replacing the file in one step."
-    path, out = Path(path), BytesIO()
-    if path.suffix.lower() not in MAP_SUFFIXES: raise InputError(f"{path}: a map is written as {' or '.join(MAP_SUFFIXES)}; choose one of these endings")
-    if path.suffix.lower() == ".npy": np.save(out, result.classes)
-    else:
-        from matplotlib.figure import Figure
-        h, w = result.classes.shape
-        scale = min(max(4/max(h, w), .01), 40/max(h, w)) # inches a pixel: no map under 4 inches, a dot a pixel at 100 dpi, none over 40
-        fig = Figure(figsize=(2*w*scale + 3.2, h*scale + .8), layout="constrained")
-        show_map(result, fig.subplots(1, 2))
-        fig.savefig(out, format="png", dpi=100)
-    return write_file(path, out.getvalue())
+    kind = Path(path).suffix.lower()
+    if kind not in MAP_SUFFIXES: raise InputError(f"{path}: a map is written as {', '.join(MAP_SUFFIXES)}; choose one of these endings")
+    return write_file(path, {".png": lambda: _picture(result), ".tif": lambda: _geotiff(result, path), ".npy": lambda: _numbers(result)}[kind]())

@@ -8,7 +8,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/training.html.md"""
 __all__ = ['lr_at', 'batches', 'parameter_groups', 'NonFinite', 'first_nonfinite', 'clip_gradients', 'best_epoch',
            'predict_proba', 'fit', 'check_fits', 'evaluate', 'history_table', 'show_history']
 
-# %% ../../nbs/5_learn/50_training.ipynb #3c2c1f2e
+# %% ../../nbs/5_learn/50_training.ipynb #2c104b7b
 import math, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .checkpoint import Run, checksum, load_state, plain, save, save_state
+from ..scene.formats import band_faults
 from ..scene.patch import PatchDataset, Standardizer
-from ..scene.scene import Scene
+from ..scene.scene import Scene, missing_pixels
 from ..scene.scores import Scores, confusion_matrix
 from ..scene.split import Split, save_split
 
@@ -212,10 +213,11 @@ def _check_args(args) -> None:
     for name, (fits, rule) in rules.items():
         if not fits(args[name]): raise InputError(f"{name} must be {rule}; got {args[name]!r}")
 
-# %% ../../nbs/5_learn/50_training.ipynb #61abfc65
+# %% ../../nbs/5_learn/50_training.ipynb #0e0e7b72
 def _check_scene(model, scene, split) -> None:
     if model.takes != "patch": raise InputError(f"{model.name}: takes {model.takes!r}; fit trains models that take patches")
     if scene.labels is None: raise InputError(f"{scene.name}: has no labels to train on")
+    if scene.classes < 2: raise InputError(f"{scene.name}: has one class only, {scene.class_names[0]!r}; a classifier needs at least two")
     if scene.shape != tuple(split.shape): raise InputError(f"{scene.name}: is {scene.shape}, the split is for {tuple(split.shape)}")
     if (model.bands, model.classes) != (scene.bands, scene.classes):
         raise InputError(f"{scene.name}: has {scene.bands} bands and {scene.classes} classes, the model was made for {model.bands} and {model.classes}")
@@ -223,10 +225,17 @@ def _check_scene(model, scene, split) -> None:
         index = getattr(split, part)
         if len(index) < least: raise InputError(f"split: too few pixels in {part}: {len(index)}, at least {least} are needed; give {part} more labels")
         if not scene.labels.flat[index].all(): raise InputError(f"split: {part} holds unlabelled pixels of {scene.name}; was it made for another label map?")
-        bad = ~np.isfinite(scene.cube[np.unravel_index(index, scene.shape)]).all(1)
-        if bad.any(): raise InputError(f"{scene.name}: {bad.sum()} {part} pixels hold nan or inf; set their labels to 0 before the split")
+        gone = missing_pixels(scene.cube[np.unravel_index(index, scene.shape)], scene.nodata)
+        if gone.any(): raise InputError(f"{scene.name}: {gone.sum()} {part} pixels hold no data; set their labels to 0 before the split")
     if 0 < split.buffer < model.patch//2:
         raise InputError(f"patch {model.patch} reaches {model.patch//2} pixels, the split keeps {split.buffer} free; split with --buffer {model.patch//2}, or use patch={2*split.buffer + 1}")
+
+# %% ../../nbs/5_learn/50_training.ipynb #91e7ac58
+def _check_bands(scene, split) -> None:
+    index = np.unravel_index(np.concatenate([split.train, split.val]), scene.shape)
+    for fault, bands in band_faults(scene.cube[index], scene.nodata).items():
+        which = ",".join(map(str, bands))
+        if bands: raise InputError(f"{scene.name}: bands {which} are {fault} ({'constant or empty' if fault == 'dead' else 'nan or inf somewhere'} on training and validation pixels); leave them out with drop_bands= (--drop-bands {which})")
 
 # %% ../../nbs/5_learn/50_training.ipynb #4c7c92af
 _FILES = ("card.json", "model.safetensors", "history.csv", "split.json", "state.safetensors")
@@ -266,7 +275,7 @@ def _finish(run, folder) -> Run:
     (folder/"state.safetensors").unlink(missing_ok=True)
     return run
 
-# %% ../../nbs/5_learn/50_training.ipynb #4454d6ae
+# %% ../../nbs/5_learn/50_training.ipynb #7a17872c
 def fit(
     model:nn.Module, # from `create_model`, for the scene's bands and classes
     scene:Scene, # with labels
@@ -290,22 +299,29 @@ def fit(
     args = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup, patience=patience, clip=clip, seed=seed, precision=precision)
     _check_args(args)
     _check_scene(model, scene, split)
+    _check_bands(scene, split)
     run = Run(model, Standardizer.fit(scene.cube, split.train), scene.class_names, split, scene.wavelengths_nm, [], args, _about(scene, split))
-    data = [PatchDataset(scene.cube, i, scene.labels, model.patch, run.scale) for i in (split.train, split.val)]
+    data = [PatchDataset(scene.cube, i, scene.labels, model.patch, run.scale, nodata=scene.nodata) for i in (split.train, split.val)]
     accelerator = _accelerator(cpu, precision)
     folder = None if out is None else _open_folder(Path(out), split, resume, overwrite)
     with _forked_rng(): _train(run, *data, accelerator, folder, progress)
     return run if folder is None else _finish(run, folder)
 
-# %% ../../nbs/5_learn/50_training.ipynb #6f82a030
+# %% ../../nbs/5_learn/50_training.ipynb #b5fda1ec
 def check_fits(
     run:Run, # a trained model
     scene:Scene, # that it is to be used on
 ) -> None:
-    "Raise when the scene does not have the model's bands."
-    if scene.bands != run.model.bands: raise InputError(f"{scene.name}: has {scene.bands} bands, the model was trained on {run.model.bands}")
+    "Raise when the scene does not have the model's bands: their number, and where both say it, their place."
+    if scene.bands != run.model.bands:
+        raise InputError(f"{scene.name}: has {scene.bands} bands, the model was trained on {run.model.bands}; use the same sensor and leave out the same bands (--drop-bands)")
+    nm = run.wavelengths_nm
+    if nm is None or scene.wavelengths_nm is None or run.model.bands < 2: return
+    off = np.abs(np.asarray(nm) - scene.wavelengths_nm).max()
+    if off > np.abs(np.diff(nm)).max(): # further than the next band
+        raise InputError(f"{scene.name}: its bands lie up to {off:.0f} nm from those of training; use the same sensor, or bring the scene to the model's wavelengths")
 
-# %% ../../nbs/5_learn/50_training.ipynb #c07072ed
+# %% ../../nbs/5_learn/50_training.ipynb #8f7e73fa
 def evaluate(
     run:Run, # a trained model
     scene:Scene, # with labels
@@ -320,7 +336,7 @@ def evaluate(
     if scene.shape != tuple(split.shape): raise InputError(f"{scene.name}: is {scene.shape}, the split is for {tuple(split.shape)}")
     if scene.classes != len(run.class_names): raise InputError(f"{scene.name}: has {scene.classes} classes, the model knows {len(run.class_names)}")
     if not len(getattr(split, part)): raise InputError(f"split: {part} is empty, nothing to score")
-    data = PatchDataset(scene.cube, getattr(split, part), scene.labels, run.model.patch, run.scale)
+    data = PatchDataset(scene.cube, getattr(split, part), scene.labels, run.model.patch, run.scale, nodata=scene.nodata)
     p = predict_proba(run, data)
     if not np.isfinite(p).all(): raise InputError(f"{scene.name}: {(~np.isfinite(p)).any(1).sum()} {part} pixels get no finite score; does the cube hold nan there?")
     return Scores(confusion_matrix(data.y.numpy(), p.argmax(1) + 1, len(run.class_names)), run.class_names)

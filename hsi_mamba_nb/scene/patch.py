@@ -7,7 +7,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/1_scene/patch.html.md"""
 # %% auto #0
 __all__ = ['patch_radius', 'mirror', 'padded_rows', 'Standardizer', 'patch_ref', 'patch_views', 'PatchDataset']
 
-# %% ../../nbs/1_scene/14_patch.ipynb #8640fb71
+# %% ../../nbs/1_scene/14_patch.ipynb #dd4ac82e
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from .scene import missing_pixels
 
 # %% ../../nbs/1_scene/14_patch.ipynb #a353a0e3
 def patch_radius(
@@ -62,7 +63,7 @@ def _pixels(
         raise InputError(f"pixels {index.min()} to {index.max()} are not all in rows {top} to {bottom} of a scene of {shape[0]} x {w} pixels")
     return np.divmod(index, w)
 
-# %% ../../nbs/1_scene/14_patch.ipynb #b7565f6a
+# %% ../../nbs/1_scene/14_patch.ipynb #2ee4f4a3
 @dataclass(frozen=True, eq=False)
 class Standardizer:
     "Per-band shift and scale, fitted on training pixels only."
@@ -78,7 +79,7 @@ class Standardizer:
         x = np.asarray(cube[_pixels(train, cube.shape, 0, cube.shape[0])], dtype=np.float64) # (n,c)
         if len(x) == 0: raise InputError("no training pixels to fit a scale on; is the split empty?")
         bad = np.flatnonzero(~np.isfinite(x).all(0))
-        if len(bad): raise InputError(f"training pixels are not finite in {len(bad)} bands, first band {bad[0]}; fill or drop them")
+        if len(bad): raise InputError(f"training pixels are not finite in {len(bad)} bands, the first is band {bad[0] + 1}; leave them out with drop_bands= (--drop-bands)")
         mean, std = x.mean(0).astype(np.float32), x.std(0).astype(np.float32)
         return cls(mean, np.where(std > np.finfo(np.float32).eps*abs(mean), std, np.float32(1)))
 
@@ -120,7 +121,18 @@ def _scaled(
     x /= scale.std[:, None, None]
     return x
 
-# %% ../../nbs/1_scene/14_patch.ipynb #bb031b7f
+# %% ../../nbs/1_scene/14_patch.ipynb #8fb495fa
+def _fill_missing(padded, scale, nodata) -> np.ndarray: # (h,w) bool: the pixels filled
+    "Pixels without data take the training mean, in place; any other number that is not finite is refused."
+    if padded.dtype.kind != "f" and nodata is None: return np.zeros(padded.shape[:2], bool)
+    gone = missing_pixels(padded, nodata)
+    if gone.any(): padded[gone] = 0 if scale is None else scale.mean
+    if padded.dtype.kind == "f" and not (ok := np.isfinite(padded)).all():
+        bands = ",".join(str(b + 1) for b in np.flatnonzero(~ok.all((0, 1))))
+        raise InputError(f"the cube holds nan or inf in bands {bands}; leave them out with drop_bands= (--drop-bands {bands})")
+    return gone
+
+# %% ../../nbs/1_scene/14_patch.ipynb #bcbdb192
 class PatchDataset(Dataset):
     "Patches around chosen pixels as float32 tensors (c,p,p), cut on demand from one padded cube."
     def __init__(self,
@@ -130,9 +142,12 @@ class PatchDataset(Dataset):
         patch:int = 9, # side, odd, so that the labelled pixel is the centre
         scale:Standardizer|None = None, # fitted on training pixels
         rows:tuple|None = None, # (top, bottom) rows of the scene that `index` lies in; only they and their margin are read
+        nodata:float|None = None, # value of pixels without data
     ):
         self.top, bottom = rows or (0, cube.shape[0])
         self.padded = padded_rows(cube, self.top, bottom, patch_radius(patch)) # the one copy
+        r, gone = patch_radius(patch), _fill_missing(self.padded, scale, nodata)
+        self.missing = gone[r:len(gone) - r, r:gone.shape[1] - r] # (bottom-top,w)
         self.rows, self.cols = _pixels(index, cube.shape, self.top, bottom)
         self.y = None if labels is None else torch.from_numpy(labels[self.rows, self.cols].astype(np.int64))
         self.scale, self.patch = scale, patch

@@ -9,7 +9,7 @@ __all__ = ["report"]
 _OPTIONAL = {  # package: what it adds, how to get it
     "triton": ("the GPU scan", 'pip install "hsi-mamba-nb[gpu]" (Linux)'),
     "mamba_ssm": ("the authors' CUDA kernel", 'pip install "hsi-mamba-nb[mamba-ssm]" (Linux, NVIDIA, compiles)'),
-    "rasterio": ("ENVI and GeoTIFF files", 'pip install "hsi-mamba-nb[geo]"'),
+    "rasterio": ("GeoTIFF files, and where ENVI files lie", 'pip install "hsi-mamba-nb[geo]"'),
     "ipywidgets": ("the interactive cells", 'pip install "hsi-mamba-nb[notebooks]"'),
 }
 

@@ -31,6 +31,8 @@ MARKS = [b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"MATLAB 5.0 MAT-file".ljust(
 @quick
 @given(st.sampled_from(MARKS), st.binary(max_size=600), st.sampled_from([".mat", ".tif", ".npy", ".npz", ".hdr", ""]))
 def test_any_bytes_behind_any_mark(tmp_path, mark, body, end):
+    for old in tmp_path.iterdir():
+        old.unlink()
     path = tmp_path/f"file{end}"
     path.write_bytes(mark + body)
     try:

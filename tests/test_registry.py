@@ -137,7 +137,7 @@ def test_names(folder):
         assert run("fetch", text).returncode == 2
     refused(lambda: fetch_scene("nowhere"), "known by name")
     refused(lambda: fetch_scene("synthetic"), "synthetic", "needs no download")
-    refused(lambda: load_scene("salinas-a", seed=1), "takes no options")
+    refused(lambda: load_scene("salinas-a", seed=1), "takes labels, drop_bands and nodata")
 
 
 def test_the_data_folder(monkeypatch, tmp_path):

@@ -57,3 +57,15 @@ def test_real_files_and_their_headers(data):
         assert (f.read().transpose(1, 2, 0) == berlin.cube).all()
     samson = read_scene(data/"samson"/"samson_1.mat", data/"samson"/"end3.mat", labels_key="A", purity=.8)
     assert np.bincount(samson.labels.ravel())[1:].tolist() == [2008, 1947, 1615]
+
+
+def test_published_masks_are_labels_and_split_at_once(data, tmp_path):
+    "The masks of Indian Pines, with a cube of noise in its size: what counts here is which pixels and classes are used."
+    np.save(tmp_path/"cube.npy", np.random.default_rng(0).normal(size=(145, 145, 4)).astype(np.float32))
+    masks = [data/"gt_maps"/f"Indian{part}123_temp123.tif" for part in ("TR", "TE")]
+    done = run("fit", "cube.npy", "--masks", *masks, *QUICK, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run("evaluate", tmp_path/"run", cwd=data)
+    assert done.returncode == 0 and "'published'" in done.stdout and "test 9,671" in done.stdout, done.stdout + done.stderr
+    done = run("fit", "cube.npy", "--masks", *masks, "--labels", masks[0], "--out", "other", cwd=tmp_path)
+    assert done.returncode == 2 and "--masks" in done.stderr and not (tmp_path/"other").exists()

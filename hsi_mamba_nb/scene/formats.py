@@ -8,7 +8,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/1_scene/formats.html.md"""
 __all__ = ['MOST_PACKED', 'file_kind', 'envi_header', 'check_size', 'map_envi', 'to_nanometres', 'Contents', 'read_file',
            'unfold_columns', 'labels_from_abundances', 'read_labels', 'band_faults', 'parse_bands', 'read_scene']
 
-# %% ../../nbs/1_scene/12_formats.ipynb #1cbe9ec4
+# %% ../../nbs/1_scene/12_formats.ipynb #10f2d39b
 import logging
 import re
 import struct
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from .scene import Scene, compact_labels, fit_labels, missing_pixels
+from .scene import Scene, compact_labels, fit_labels, fit_wavelengths, missing_pixels
 from .split import merge_masks
 
 # %% ../../nbs/1_scene/12_formats.ipynb #783992e4
@@ -385,7 +385,7 @@ def parse_bands(
         out |= set(range(first, last + 1))
     return tuple(sorted(out))
 
-# %% ../../nbs/1_scene/12_formats.ipynb #545268bc
+# %% ../../nbs/1_scene/12_formats.ipynb #0ac35be7
 def _same_place(cube, label, where):
     "Refuse a map in another system, of other pixels, or more than half a pixel away."
     if cube.crs and label.crs and cube.crs != label.crs: raise InputError(f"{where}: the labels are in {label.crs}, the cube in {cube.crs}; warp one to the other")
@@ -394,10 +394,10 @@ def _same_place(cube, label, where):
         if off[[2, 5]].max() > pixel/2 or off[[0, 1, 3, 4]].max() > pixel/1000:
             raise InputError(f"{where}: the labels lie elsewhere: their transform is {label.transform}, the cube's {cube.transform}; cut both to the same window")
 
-def _stored_map(files, insides, key, cube, purity, where) -> np.ndarray: # (h,w) values as stored, 0 where the file says "no data"
+def _stored_map(insides, key, cube, purity, where) -> np.ndarray: # (h,w) values as stored, 0 where the file says "no data"
     "The label map from one file, or from a pair of masks."
     stored = []
-    for path, inside in zip(files, insides):
+    for path, inside in insides.items():
         m = fit_labels(_find_map(inside, path, key, cube.shape[:2], purity), cube.shape, where)
         stored.append(m if inside.nodata is None or purity is not None else np.where((m == inside.nodata) | (m != m), 0, m)) # m != m: NaN
     try: return stored[0] if len(stored) == 1 else merge_masks(*stored)
@@ -427,7 +427,7 @@ def _unlabel_missing(cube, raw, nodata) -> tuple: # (h,w) raw labels, notes
     raw[tuple(a[gone] for a in at)] = 0
     return raw, (f"{gone.sum():,} labelled pixels hold no data and count as unlabelled",)
 
-# %% ../../nbs/1_scene/12_formats.ipynb #683f873b
+# %% ../../nbs/1_scene/12_formats.ipynb #b239e00a
 def _label_files(labels, labels_key, path) -> list:
     "The files that hold the map: one, a pair of masks, the cube's own, or none."
     if labels is None: return [path] if labels_key is not None else []
@@ -436,21 +436,20 @@ def _label_files(labels, labels_key, path) -> list:
     if len(files) not in (1, 2): raise InputError(f"{path}: labels are one file, or a pair of masks for training and test, not {len(files)} files")
     return files
 
-def _read_map(path, found, cube, labels, files, key, purity, nodata) -> tuple: # (h,w) labels, stored values, class names, place, notes
+def _read_map(path, found, cube, labels, insides, key, purity, nodata) -> tuple: # (h,w) labels, stored values, class names, place, notes
     "Everything about the labels of a scene; all empty where it has none."
-    if labels is None and not files: return None, (), (), {}, ()
-    insides = [found if p == path else read_file(p) for p in files]
-    where = f"{' and '.join(map(str, files))} for {path.name}" if files else f"{path}: labels"
-    for inside in insides: _same_place(found, inside, where)
-    raw = _stored_map(files, insides, key, cube, purity, where) if files else fit_labels(labels, cube.shape, where)
+    if labels is None and not insides: return None, (), (), {}, ()
+    where = f"{' and '.join(map(str, insides))} for {path.name}" if insides else f"{path}: labels"
+    for inside in insides.values(): _same_place(found, inside, where)
+    raw = _stored_map(insides, key, cube, purity, where) if insides else fit_labels(labels, cube.shape, where)
     raw, notes = _unlabel_missing(cube, raw, nodata)
     labels, values = compact_labels(raw, where)
-    named = insides[0].class_names if insides else ()
+    named = next((i.class_names for i in insides.values()), ())
     names = tuple(named[v - 1] for v in values) if values[-1] <= len(named) else ()
-    place = {k: getattr(i, k) for i in insides for k in ("crs", "transform") if getattr(i, k)}
+    place = {k: getattr(i, k) for i in insides.values() for k in ("crs", "transform") if getattr(i, k)}
     return labels, values, names, place, notes
 
-# %% ../../nbs/1_scene/12_formats.ipynb #b3465771
+# %% ../../nbs/1_scene/12_formats.ipynb #90092c03
 def read_scene(
     path:str|Path, # the cube: .mat, GeoTIFF, .npy, .npz, or either file of an ENVI pair
     labels:str|Path|np.ndarray|tuple|None = None, # the map: a file, an (h,w) array, or a pair of files (training and test mask)
@@ -467,13 +466,14 @@ def read_scene(
     "Read a scene from files. Raises `InputError` with the file and the way out."
     path, files = Path(path), _label_files(labels, labels_key, Path(path))
     origin = dict(path=str(path.resolve()), labels=[str(p.resolve()) for p in files] or None, key=key, labels_key=labels_key, class_names=list(class_names),
-                  name=name, shape=shape, purity=purity, drop_bands=drop_bands, nodata=nodata)
+                  wavelengths_nm=None if wavelengths_nm is None else [float(v) for v in wavelengths_nm], name=name, shape=shape, purity=purity, drop_bands=drop_bands, nodata=nodata)
     found = read_file(path)
-    maps = {labels.shape} if isinstance(labels, np.ndarray) else {m.shape for p in files if p != path for m in _maps(read_file(p).arrays).values()}
+    insides = {p: found if p == path else read_file(p) for p in files}
+    maps = {labels.shape} if isinstance(labels, np.ndarray) else {m.shape for p in insides if p != path for m in _maps(insides[p].arrays).values()}
     cube = _find_cube(found, path, key, shape, maps)
     if cube.ndim != 3: raise InputError(f"{path}: {key} has shape {cube.shape}; a cube is (rows, columns, bands)")
     nodata = found.nodata if nodata is None else nodata
-    labels, values, named, place, notes = _read_map(path, found, cube, labels, files, labels_key, purity, nodata)
+    labels, values, named, place, notes = _read_map(path, found, cube, labels, insides, labels_key, purity, nodata)
     nm = found.wavelengths_nm if wavelengths_nm is None else fit_wavelengths(wavelengths_nm, cube.shape[2], str(path))
     cube, nm, cut = _cut_bands(path, found, cube, nm, drop_bands, nodata)
     return Scene(cube, labels, tuple(class_names) or named, nm, name or path.stem, found.crs or place.get("crs"), found.transform or place.get("transform"),

@@ -174,20 +174,24 @@ def _by_hand_way(card):
 
 def load_scene(
     name: str,  # one of `list_scenes()`, e.g. "salinas-a"
-    **options,  # for "synthetic": the arguments of `synthetic_scene`
+    **options,  # for "synthetic": the arguments of `synthetic_scene`; else `labels`, `drop_bands`, `nodata` of `read_scene`
 ) -> Scene:
     "A scene by name. Raises `InputError` that says where to get missing files and where to put them."
     card = get_card(name)
     if card.files is None:
         from hsi_mamba_nb.scene.synthetic import synthetic_scene
         return replace(synthetic_scene(**options), origin=dict(scene=name, **options))
-    if options:
-        raise InputError(f"{name}: takes no options, got {', '.join(options)}")
+    if unknown := set(options) - {"labels", "drop_bands", "nodata"}:
+        raise InputError(f"{name}: takes labels, drop_bands and nodata, not {', '.join(unknown)}")
     if gone := missing(card):
         way = f"run `hsi-mamba fetch {name}`, or {_by_hand_way(card)}" if card.fetchable else _by_hand_way(card)
         raise InputError(f"{name}: {' and '.join(f.path for f in gone)} not found in {data_folder()}; {way}; HSI_DATA names another data folder")
-    scene = read_scene(_find(card.files["cube"]), _find(card.files["labels"]), class_names=card.class_names, name=name, **card.reading)
-    return replace(scene, licence=card.licence, origin=dict(scene=name))
+    own = dict(labels=_find(card.files["labels"]), class_names=card.class_names, **card.reading)
+    if "labels" in options:  # another map has classes of its own
+        own = {k: v for k, v in own.items() if k not in ("class_names", "labels_key", "purity")}
+    scene = read_scene(_find(card.files["cube"]), name=name, **own | options)
+    again = {k: v for k, v in options.items() if k != "labels"} | ({"labels": scene.origin["labels"]} if scene.origin["labels"] and "labels" in options else {})
+    return replace(scene, licence=card.licence, origin=dict(scene=name, **again))
 
 
 def _wrong_array(path, key, shape):

@@ -1,4 +1,4 @@
-"""The command line: hsi-mamba demo | scenes | split | fit | evaluate | map | doctor."""
+"""The command line: hsi-mamba demo | scenes | fetch | split | fit | evaluate | map | doctor."""
 import argparse
 import json
 import sys

@@ -107,6 +107,9 @@ REFUSED = [
     (["map", "run", "--scene", "spoilt.npy", "--out", "m.png"], "bands 7", "--drop-bands 7"),
     (["map", "run", "--out", "cube.npy/m.png"], "cube.npy", "not a folder"),
     (["split", "cube.npy"], "cube.npy", "--labels"),
+    (["fetch", "synthetic"], "synthetic", "needs no download"),
+    (["fetch", "houston-2013"], "houston-2013", "IEEE"),
+    (["fetch", "pavia"], "pavia", "pavia-u"),
     (["nonsense"], "nonsense", "demo"),
 ]
 
@@ -194,7 +197,7 @@ def test_scenes_doctor_and_help():
     assert "salinas-a" in run("scenes").stdout
     done = run("doctor")
     assert done.returncode == 0 and "torch" in done.stdout and "WRONG" not in done.stdout
-    for command in ([], ["fit"], ["split"], ["evaluate"], ["map"], ["demo"]):
+    for command in ([], ["fit"], ["fetch"], ["split"], ["evaluate"], ["map"], ["demo"]):
         done = run(*command, "--help")
         assert done.returncode == 0 and "usage" in done.stdout
 

@@ -279,6 +279,9 @@ def main(argv=None):
     except (InputError, FloatingPointError) as e:
         print(f"hsi-mamba: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("hsi-mamba: error: not enough memory; save the cube as ENVI or .npy, which are read piece by piece, or use a smaller --batch-size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("hsi-mamba: stopped" + ("; continue with --resume" if getattr(args, "resume", None) is not None else ""), file=sys.stderr)
         return 130

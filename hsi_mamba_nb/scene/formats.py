@@ -25,10 +25,10 @@ from ..errors import InputError
 from .scene import Scene, compact_labels, fit_labels, fit_wavelengths, missing_pixels
 from .split import merge_masks
 
-# %% ../../nbs/1_scene/12_formats.ipynb #783992e4
+# %% ../../nbs/1_scene/12_formats.ipynb #353e63a9
 def _header_of(path:Path) -> Path|None:
     "The text file that describes bare numbers: scene.hdr or scene.bsq.hdr beside scene.bsq."
-    names = (path.with_suffix(".hdr"), path.with_suffix(".HDR"), path.with_name(path.name + ".hdr"), path.with_name(path.name + ".HDR"))
+    names = [p.with_name(p.name + end) for p in (path, path.with_suffix("")) for end in (".hdr", ".HDR")] # the longer name is the surer one
     return next((p for p in names if p != path and p.is_file()), None)
 
 # %% ../../nbs/1_scene/12_formats.ipynb #170e8cd0
@@ -48,14 +48,14 @@ def file_kind(
     if path.suffix.lower() == ".mat": return "mat5" # version 4 has no mark
     raise InputError(f"{path}: cannot tell what this is; scenes are read from MATLAB .mat, GeoTIFF, .npy, .npz, or ENVI with its .hdr beside it")
 
-# %% ../../nbs/1_scene/12_formats.ipynb #1083d39c
+# %% ../../nbs/1_scene/12_formats.ipynb #3707568b
 def envi_header(
     path:Path, # the .hdr file
 ) -> dict: # key in lower case -> text, without braces and line breaks
     "The facts of an ENVI header, as text."
     with open(path, "rb") as f: text = f.read(2**22).decode("utf-8", "replace") # a header is never larger; the wrong file may be
     if not text.startswith("ENVI"): raise InputError(f"{path}: is no ENVI header, it does not begin with ENVI; give the data file or its .hdr")
-    pairs = re.findall(r"^([^={}\n]+)=[ \t]*(\{[^}]*\}?|[^\n]*)", text, re.M)
+    pairs = re.findall(r"^([^={}\n]+)=(?:\s*(?=\{)|[ \t]*)(\{[^}]*\}?|[^\n]*)", text, re.M) # the brace may stand on the next line
     return {k.strip().lower(): " ".join(v.strip("{} \t\r\n").split()) for k, v in pairs}
 
 # %% ../../nbs/1_scene/12_formats.ipynb #e24dadf2
@@ -104,24 +104,24 @@ def map_envi(
     lies = np.memmap(path, dtype, "r", offset, tuple(sizes[a] for a in axes)) # as in the file
     return lies.transpose([axes.index(a) for a in "hwc"])
 
-# %% ../../nbs/1_scene/12_formats.ipynb #373db1a1
+# %% ../../nbs/1_scene/12_formats.ipynb #75ff5348
 def to_nanometres(
     values:np.ndarray, # (c,) band centres
     unit:str = "", # as the header writes it; "" or "unknown" where it does not say
 ) -> np.ndarray|None: # (c,) float64 in nanometres; None for units that are no length
     "Band centres in nanometres. Without a unit, numbers below 100 can only be micrometres."
-    values, unit = np.asarray(values, dtype=np.float64), unit.strip().lower().replace("metre", "meter")
-    if unit in ("micrometers", "micrometer", "um", "µm", "microns", "micron"): return values*1000
+    values, unit = np.asarray(values, dtype=np.float64), unit.strip().lower().replace("metre", "meter").replace("\u03bc", "µ") # two letters look like µ
+    if unit in ("micrometers", "micrometer", "um", "µm", "\ufffdm", "microns", "micron"): return values*1000
     if unit in ("nanometers", "nanometer", "nm"): return values
     if unit not in ("", "unknown"): return None # wavenumber, GHz, index
     return values*1000 if values.max(initial=0) < 100 else values
 
-# %% ../../nbs/1_scene/12_formats.ipynb #8b480ae1
+# %% ../../nbs/1_scene/12_formats.ipynb #6dbead7c
 _NAMED = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(nanomet\w+|micromet\w+|microns?|nm|um|µm)\b", re.I)
 
 def _numbers(text, count) -> np.ndarray|None: # (count,) float64
     "The numbers of a list in a header, if it has one for each band."
-    try: values = np.array([float(v) for v in text.split(",")])
+    try: values = np.array([float(v) for v in text.rstrip(", ").split(",")]) # some end with a comma
     except ValueError: return None
     return values if len(values) == count and np.isfinite(values).all() and (values > 0).any() else None
 
@@ -145,7 +145,7 @@ class Contents:
     class_names:tuple = () # (k,) of a classified image
     notes:tuple = () # what a reader should know, one line each
 
-# %% ../../nbs/1_scene/12_formats.ipynb #0c2b3b00
+# %% ../../nbs/1_scene/12_formats.ipynb #fa1a3b1a
 def _element(data, at, order) -> tuple: # type, contents, where the next one begins
     "A data element of a MATLAB v5 file: its tag has 8 bytes, or 4 where the contents fit into the other 4."
     kind, size = struct.unpack_from(order + "II", data, at)
@@ -155,10 +155,11 @@ def _element(data, at, order) -> tuple: # type, contents, where the next one beg
 def _front(data, order) -> tuple: # name, shape; shape None for what is not read: text, cells, complex or sparse arrays, unknown types
     "What an array says before its numbers begin."
     parts, at = [], 0
-    for _ in range(4): # flags, sizes, name, the numbers' own tag
-        kind, body, at = _element(data, at, order)
-        parts.append((kind, body))
-    (_, flags), (_, sizes), (_, name), (kind, _) = parts
+    for _ in range(3): # flags, sizes, name
+        _, body, at = _element(data, at, order)
+        parts.append(body)
+    flags, sizes, name = parts
+    kind = _element(data, at, order)[0] if at < len(data) else 0 # the numbers' own tag; an empty cell has none
     flags = struct.unpack_from(order + "I", flags)[0]
     known = 6 <= flags & 0xFF <= 15 and not flags & 0x800 and kind in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13)
     return name.decode("latin1"), struct.unpack(f"{order}{len(sizes)//4}i", sizes) if known else None
@@ -176,17 +177,24 @@ def _mat5_arrays(path) -> dict: # name -> shape
     harm = {name for name, shape in found if shape is None}
     return {name: shape for name, shape in found if name not in harm and all(n >= 0 for n in shape)}
 
-# %% ../../nbs/1_scene/12_formats.ipynb #3b5b2e18
+# %% ../../nbs/1_scene/12_formats.ipynb #1d2a4b69
 def _read_npy(path): return Contents({path.stem: np.load(path, mmap_mode="r", allow_pickle=False)})
 
 def _read_npz(path):
     with np.load(path, allow_pickle=False) as z:
+        if not any(n.endswith(".npy") for n in z.zip.namelist()): raise InputError(f"{path}: a zip archive without arrays; unpack it and pass the file inside")
         check_size(path, sum(i.file_size for i in z.zip.infolist()))
-        return Contents({k: z[k] for k in z.files if z[k].dtype.kind in "biufc"})
+        arrays = {}
+        for k in z.files:
+            try: arrays[k] = z[k]
+            except ValueError as e: # text and lists stand beside many a cube
+                if "allow_pickle" not in str(e): raise
+        return Contents({k: v for k, v in arrays.items() if isinstance(v, np.ndarray) and v.dtype.kind in "biufc"})
 
+# %% ../../nbs/1_scene/12_formats.ipynb #3f447842
 def _read_mat5(path):
     from scipy.io import loadmat, whosmat # slow to import
-    old = path.open("rb").read(10) != b"MATLAB 5.0" # version 4: one kind of number, no packing
+    with open(path, "rb") as f: old = f.read(10) != b"MATLAB 5.0" # version 4: one kind of number, no packing
     wanted = {k: shape for k, shape, kind in whosmat(path) if kind not in ("char", "sparse")} if old else _mat5_arrays(path)
     check_size(path, sum(map(prod, wanted.values()))) # a byte each, at least
     return Contents({k: np.ascontiguousarray(v) for k, v in loadmat(path, variable_names=list(wanted)).items() if k in wanted}) # bip from here on
@@ -196,15 +204,16 @@ def _read_hdf5(path):
     arrays = {}
     with h5py.File(path, "r") as f:
         for name, d in f.items():
+            if not isinstance(d, h5py.Dataset) or d.shape is None: continue # a group, a link to nowhere, nothing
             matlab = d.attrs.get("MATLAB_class")
-            if not isinstance(d, h5py.Dataset) or d.dtype.kind not in "biuf" or matlab in (b"char", b"cell") or "MATLAB_empty" in d.attrs: continue
+            if d.dtype.kind not in "biuf" or matlab in (b"char", b"cell") or "MATLAB_empty" in d.attrs: continue
             check_size(path, d.size*d.dtype.itemsize)
             start = d.id.get_offset() # None where the numbers are packed
             x = d[()] if start is None or d.ndim < 2 else np.memmap(path, d.dtype, "r", start, d.shape)
             arrays[name] = x if matlab is None else x.T if start is not None else np.ascontiguousarray(x.T)
     return Contents(arrays)
 
-# %% ../../nbs/1_scene/12_formats.ipynb #b25ada1c
+# %% ../../nbs/1_scene/12_formats.ipynb #2fd341c0
 @contextmanager
 def _gdal(path, driver):
     "A file opened by rasterio, quietly: what GDAL logs would stand beside our one line."
@@ -221,10 +230,12 @@ def _gdal(path, driver):
 
 def _ground(f) -> dict: # of an open file
     "Where it lies, as `Contents` names it."
-    return dict(crs=f.crs.to_string() if f.crs else None, transform=None if f.transform.is_identity else tuple(float(v) + 0. for v in f.transform[:6]),
+    crs = f.crs.to_string() if f.crs else ""
+    return dict(crs=crs if crs and not crs.startswith(("LOCAL_CS", "ENGCRS")) else None, # "arbitrary" is no place
+                transform=None if f.transform.is_identity else tuple(float(v) + 0. for v in f.transform[:6]),
                 nodata=None if f.nodata is None else float(f.nodata))
 
-# %% ../../nbs/1_scene/12_formats.ipynb #384ddd9a
+# %% ../../nbs/1_scene/12_formats.ipynb #39e9a191
 def _read_tiff(path):
     with _gdal(path, "GTiff") as f:
         check_size(path, f.count*f.height*f.width*np.dtype(f.dtypes[0]).itemsize)
@@ -239,19 +250,27 @@ def _read_envi(path, header=None):
     nm = _wavelengths(facts.get("wavelength"), facts.get("wavelength units"), facts.get("band names", "").split(","), count)
     try: nodata = float(facts["data ignore value"])
     except (KeyError, ValueError): nodata = None
-    ground, notes = {}, ()
+    ground, more = {}, path.stat().st_size - int(facts.get("header offset", 0)) - cube.nbytes
+    notes = (f"the file has {more:,} bytes more than its header promises",) if more else ()
     if "map info" in facts or "coordinate system string" in facts:
         try:
             with _gdal(path, "ENVI") as f: ground = _ground(f)
-        except InputError as e: notes = (f"read without its coordinates: {e}",)
+        except InputError as e: notes += (f"read without its coordinates: {e}",)
     names = tuple(n.strip() for n in facts.get("class names", "").split(",")[1:]) # the first stands for 0
     return Contents({path.stem: cube[:, :, 0] if count == 1 else cube}, nm, () if bbl is None else tuple(int(b) for b in np.flatnonzero(bbl == 0) + 1),
                     class_names=names, notes=notes, **(ground | dict(nodata=nodata)))
 
+# %% ../../nbs/1_scene/12_formats.ipynb #661eeade
+def _fits(path, facts) -> bool:
+    try: return map_envi(path, facts) is not None
+    except InputError: return False
+
 def _read_hdr(path):
     "A header was named: find the numbers that it describes."
-    stem = path.with_suffix("")
-    near = [p for p in sorted(path.parent.iterdir()) if stem in (p, p.with_suffix("")) and p != path and p.is_file() and file_kind(p) == "envi"]
+    stem, facts = path.with_suffix(""), envi_header(path)
+    near = [p for p in sorted(path.parent.iterdir()) if stem in (p, p.with_suffix("")) and p != path and p.is_file()]
+    near = [p for p in near if p.stat().st_size and file_kind(p) == "envi"]
+    if len(near) > 1: near = [p for p in near if _fits(p, facts)] or near # what is too small is a quicklook or statistics
     if len(near) != 1: raise InputError(f"{path}: {'no data file' if not near else 'more than one data file, ' + ', '.join(p.name for p in near)} beside this header; name the data file itself")
     return _read_envi(near[0], path)
 
@@ -293,10 +312,10 @@ def labels_from_abundances(
         raise InputError("abundances must be shares between 0 and 1, one for each material; is this another array?")
     return np.where(A.max(2) >= purity, A.argmax(2) + 1, 0).astype(np.uint8)
 
-# %% ../../nbs/1_scene/12_formats.ipynb #9c593a42
+# %% ../../nbs/1_scene/12_formats.ipynb #00b3f4a2
 def _ask(path, what, fit, arrays, option):
     "The one array that fits, or what the file holds and how to choose."
-    holds = ", ".join(f"{k} {tuple(v.shape)}" for k, v in list(arrays.items())[:20]) or "no numeric array"
+    holds = ", ".join(f"{k} {tuple(v.shape)}" for k, v in list(arrays.items())[:20]) or "no numeric array (structs, cells and groups are not read)"
     if not fit: raise InputError(f"{path}: no {what}, it holds {holds}; is this the right file?")
     if len(fit) > 1: raise InputError(f"{path}: more than one {what} ({', '.join(fit)}), it holds {holds}; name one with {option}")
     return next(iter(fit.values()))
@@ -311,7 +330,7 @@ def _grid(arrays) -> tuple|None: # (h, w)
     h, w = sizes.get("nrow", 0), sizes.get("ncol", 0)
     return (int(h), int(w)) if 1 <= h < 1e9 and 1 <= w < 1e9 and h == int(h) and w == int(w) else None
 
-# %% ../../nbs/1_scene/12_formats.ipynb #d1d00dd6
+# %% ../../nbs/1_scene/12_formats.ipynb #8ce5458d
 def _find_cube(found, path, key, shape, maps) -> np.ndarray: # (h,w,c)
     "The cube of a file; `maps` are the shapes of label maps, which decide where several cubes fit."
     arrays, shape = found.arrays, shape or _grid(found.arrays)
@@ -320,8 +339,9 @@ def _find_cube(found, path, key, shape, maps) -> np.ndarray: # (h,w,c)
         if key is not None: return as_cube(_named(path, arrays, key))
         fit = {k: v for k, v in arrays.items() if v.ndim == 3 and v.size > 1}
         if not fit and shape: fit = {k: v for k, v in arrays.items() if v.ndim == 2 and shape[0]*shape[1] in v.shape}
+        if len(fit) > 1: fit = {k: v for k, v in fit.items() if 1 not in v.shape} or fit # a map may be (h,w,1)
         if len(fit) > 1: fit = {k: v for k, v in fit.items() if v.shape[:2] in maps} or fit
-        hint = "" if shape or not _maps(arrays) else " (for a matrix of bands x pixels say shape=, --shape ROWS COLUMNS)"
+        hint = "" if fit or shape or not _maps(arrays) else " (for a matrix of bands x pixels say shape=, --shape ROWS COLUMNS)"
         return as_cube(_ask(path, f"cube with 3 axes{hint}", fit, arrays, "key= (--key)"))
     except InputError as e: raise InputError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
 
@@ -403,14 +423,14 @@ def _stored_map(insides, key, cube, purity, where) -> np.ndarray: # (h,w) values
     try: return stored[0] if len(stored) == 1 else merge_masks(*stored)
     except InputError as e: raise InputError(f"{where}: {e}") from None
 
-# %% ../../nbs/1_scene/12_formats.ipynb #2028faad
+# %% ../../nbs/1_scene/12_formats.ipynb #cea202af
 def _cut_bands(path, found, cube, nm, drop, nodata) -> tuple: # (h,w,c') cube, (c',) wavelengths, notes
     "Without the bands asked for, or those the header marks; neighbours stay a view, so that a memory map stays one."
     why = "" if drop is not None else " (marked bad in the header)"
     if drop is None: drop = found.bad_bands
     try:
-        if drop == "dead": drop = band_faults(cube, nodata)["dead"]
-        drop = parse_bands(drop if isinstance(drop, str) else ",".join(map(str, drop)), cube.shape[2])
+        if isinstance(drop, str) and drop == "dead": drop = band_faults(cube, nodata)["dead"]
+        drop = parse_bands(drop if isinstance(drop, str) else ",".join(map(str, np.atleast_1d(drop).tolist())), cube.shape[2])
         keep = np.setdiff1d(np.arange(cube.shape[2]), np.array(drop, dtype=np.int64) - 1)
         if not len(keep): raise InputError("no band would be left; drop fewer")
     except InputError as e: raise InputError(f"{path}: {e}") from None
@@ -420,12 +440,12 @@ def _cut_bands(path, found, cube, nm, drop, nodata) -> tuple: # (h,w,c') cube, (
 
 def _unlabel_missing(cube, raw, nodata) -> tuple: # (h,w) raw labels, notes
     "Labels of pixels without data become 0."
-    at = np.nonzero(raw)
-    gone = missing_pixels(cube[at], nodata) # (n,): only labelled pixels are read
+    gone = np.zeros(raw.shape, bool) # (h,w)
+    for i in range(0 if nodata is None and cube.dtype.kind in "biu" else len(raw)): # a row at a time: the cube may be larger than memory
+        j = np.flatnonzero(raw[i])
+        gone[i, j] = missing_pixels(cube[i, j], nodata) # only labelled pixels are read
     if not gone.any(): return raw, ()
-    raw = raw.copy()
-    raw[tuple(a[gone] for a in at)] = 0
-    return raw, (f"{gone.sum():,} labelled pixels hold no data and count as unlabelled",)
+    return np.where(gone, 0, raw), (f"{gone.sum():,} labelled pixels hold no data and count as unlabelled",)
 
 # %% ../../nbs/1_scene/12_formats.ipynb #b239e00a
 def _label_files(labels, labels_key, path) -> list:
@@ -449,7 +469,7 @@ def _read_map(path, found, cube, labels, insides, key, purity, nodata) -> tuple:
     place = {k: getattr(i, k) for i in insides.values() for k in ("crs", "transform") if getattr(i, k)}
     return labels, values, names, place, notes
 
-# %% ../../nbs/1_scene/12_formats.ipynb #90092c03
+# %% ../../nbs/1_scene/12_formats.ipynb #4fe58fa5
 def read_scene(
     path:str|Path, # the cube: .mat, GeoTIFF, .npy, .npz, or either file of an ENVI pair
     labels:str|Path|np.ndarray|tuple|None = None, # the map: a file, an (h,w) array, or a pair of files (training and test mask)
@@ -465,6 +485,7 @@ def read_scene(
 ) -> Scene:
     "Read a scene from files. Raises `InputError` with the file and the way out."
     path, files = Path(path), _label_files(labels, labels_key, Path(path))
+    nodata = None if nodata is None else float(nodata) # a NumPy number would not equal its float32 in the cube
     origin = dict(path=str(path.resolve()), labels=[str(p.resolve()) for p in files] or None, key=key, labels_key=labels_key, class_names=list(class_names),
                   wavelengths_nm=None if wavelengths_nm is None else [float(v) for v in wavelengths_nm], name=name, shape=shape, purity=purity, drop_bands=drop_bands, nodata=nodata)
     found = read_file(path)

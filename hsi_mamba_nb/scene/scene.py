@@ -34,7 +34,7 @@ def compact_labels(
     if len(values) > np.iinfo(np.int16).max: raise InputError(f"{where}: {len(values):,} different labels; pass the label map, not an image")
     return np.searchsorted(values, raw, side="right").astype(np.int16), tuple(int(v) for v in values)
 
-# %% ../../nbs/1_scene/10_scene.ipynb #7cc37bd1
+# %% ../../nbs/1_scene/10_scene.ipynb #08374ebe
 def fit_labels(
     labels:np.ndarray, # (h,w)
     shape:tuple, # (h, w, c) of the cube
@@ -44,7 +44,8 @@ def fit_labels(
     labels, (h, w, c) = np.asarray(labels), shape
     if labels.shape == (h, w): return labels
     hint = "pass the map of this scene"
-    if labels.shape == (w, h): hint = "they fit transposed: pass labels.T"
+    if labels.shape == (w, h): hint = "they fit transposed: pass labels.T, or save the map transposed"
+    elif labels.shape == (h, w, 1): hint = "pass labels[..., 0]"
     elif labels.shape == (w, c): hint = "the cube has its bands first: pass np.moveaxis(cube, 0, -1)"
     raise InputError(f"{name}: labels are {labels.shape}, the cube is {(h, w)}; {hint}")
 
@@ -107,14 +108,14 @@ class Scene:
         lab = f", {int((self.labels > 0).sum()):,} labelled pixels in {self.classes} classes" if self.labels is not None else ""
         return f"Scene {self.name!r}: {h} x {w} pixels, {self.bands} bands{lab}"
 
-# %% ../../nbs/1_scene/10_scene.ipynb #be99bf6b
+# %% ../../nbs/1_scene/10_scene.ipynb #83f37474
 def missing_pixels(
     x:np.ndarray, # (...,c) spectra
     nodata:float|None = None, # the value that means "no data"; NaN and infinite values always mean it
 ) -> np.ndarray: # (...) bool
     "Pixels that hold no data in any band."
     empty = ~np.isfinite(x)
-    if nodata is not None: empty |= x == nodata
+    if nodata is not None: empty |= x == float(nodata) # compared in the type of x
     return empty.all(-1)
 
 # %% ../../nbs/1_scene/10_scene.ipynb #b01c4205

@@ -274,7 +274,7 @@ def _read_hdr(path):
     if len(near) != 1: raise InputError(f"{path}: {'no data file' if not near else 'more than one data file, ' + ', '.join(p.name for p in near)} beside this header; name the data file itself")
     return _read_envi(near[0], path)
 
-# %% ../../nbs/1_scene/12_formats.ipynb #4810499f
+# %% ../../nbs/1_scene/12_formats.ipynb #a25f30ff
 def read_file(
     path:str|Path, # .mat, GeoTIFF, .npy, .npz, or either file of an ENVI pair
 ) -> Contents:
@@ -285,7 +285,7 @@ def read_file(
     except (InputError, KeyboardInterrupt): raise
     except MemoryError: raise InputError(f"{path}: does not fit into memory; save it as ENVI or .npy, which are read piece by piece") from None
     except Exception as e: raise InputError(f"{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else 'no details'}); copy or save it again") from None
-    return replace(found, arrays={k: v for k, v in found.arrays.items() if k.isprintable()}) # a broken name is no name
+    return replace(found, arrays={k: v for k, v in found.arrays.items() if isinstance(k, str) and k.isprintable()}) # a broken name is no name
 
 # %% ../../nbs/1_scene/12_formats.ipynb #4a116f2a
 def unfold_columns(

@@ -1,4 +1,4 @@
-"""The command line: hsi-mamba demo | scenes | fetch | split | fit | evaluate | map | doctor."""
+"""The command line: hsi-mamba demo | scenes | fetch | split | fit | evaluate | map | bench | doctor."""
 import argparse
 import json
 import sys
@@ -179,6 +179,14 @@ def map_(args):
     print(f"wrote {save_map(predict_map(run, scene), args.out)}")
 
 
+def bench(args):
+    from hsi_mamba_nb.bench import bench_scan, save, table
+    result = bench_scan(args.quick, args.repeats)
+    print(table(result))
+    if args.json:
+        print(f"wrote {save(result, args.json)}")
+
+
 def doctor(args):
     from hsi_mamba_nb.doctor import report
     print(report())
@@ -266,6 +274,12 @@ def _parser():
     c.add_argument("run", metavar="RUN", help="a folder that `fit` wrote")
     c.add_argument("--out", required=True, metavar="FILE", help=".png (map with legend), .tif (GeoTIFF, on the ground) or .npy (class numbers)")
     _add_scene(c, optional=True)
+
+    c = command("bench", bench, "time the selective scan: every backend beside a loop and mambapy, in one run")
+    c.add_argument("what", choices=("scan",), help="what to time")
+    c.add_argument("--json", metavar="FILE", help="also write the numbers")
+    c.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts (default: 3)")
+    c.add_argument("--quick", action="store_true", help="two small shapes, to see that it runs")
 
     command("doctor", doctor, "what is installed, what works here, and what to do about the rest")
     return p

@@ -1,0 +1,179 @@
+"""Timings, side by side in one run: ratios mean something, seconds belong to one machine and one hour."""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from hsi_mamba_nb.files import write_file
+from hsi_mamba_nb.scan.backends import available_backends, selective_scan
+
+__all__ = ["bench_scan", "machine", "table"]
+
+SHAPES = [("patches", 64, 49, 512, 16), ("patches", 512, 81, 128, 16), ("sequences", 4, 1024, 256, 16), ("sequences", 16, 1024, 128, 16), ("image", 1, 16_384, 128, 16)]
+QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
+WHOLE = (1, 207_400, 128, 16)  # PaviaU's 610 x 340 pixels as one sequence
+MEMORY = """
+import resource, sys, torch
+from hsi_mamba_nb.bench import make, once
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+b, l, d, n = map(int, sys.argv[1:5])
+once("numba", make(1, 8, d, n, False))
+x = make(b, l, d, n, False)
+before = peak()
+once("numba", x)
+print((peak() - before)/(4*b*l*d))
+"""
+COMPILE = """
+import time, torch
+from hsi_mamba_nb.bench import make, once
+x, start = make(1, 8, 32, 16, False), time.perf_counter()
+once("numba", x)
+print(time.perf_counter() - start)
+"""
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def machine() -> dict:
+    "What the numbers were measured on."
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "") \
+        if Path("/proc/cpuinfo").exists() else platform.processor()
+    return dict(date=date.today().isoformat(), cpu=cpu or platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(),
+                python=platform.python_version(), **{p: _version(p) for p in ("torch", "numba", "mambapy")})
+
+
+def make(b: int, l: int, d: int, n: int, contiguous: bool) -> list:
+    "Leaves of a scan: u, delta, A, B, C, D as (b,d,l), contiguous or as transposed views of (b,l,d) storage, as a Mamba block makes them."
+    g = torch.Generator().manual_seed(0)
+    turn = (lambda x: x.transpose(1, 2).contiguous()) if contiguous else (lambda x: x.transpose(1, 2))
+    x = [turn(torch.randn(b, l, d, generator=g)), turn(torch.rand(b, l, d, generator=g).mul_(.1)), -torch.arange(1., n + 1).repeat(d, 1),
+         turn(torch.randn(b, l, n, generator=g)), turn(torch.randn(b, l, n, generator=g)), torch.ones(d)]
+    return [v.requires_grad_() for v in x]
+
+
+def _mambapy(u, delta, A, B, C, D):
+    "mambapy's parallel scan, as its MambaBlock calls it: it takes (b,l,d,n) decays and inputs."
+    from mambapy.pscan import pscan
+    u, delta, B, C = (x.transpose(1, 2) for x in (u, delta, B, C))
+    h = pscan(torch.exp(delta.unsqueeze(-1)*A), delta.unsqueeze(-1)*B.unsqueeze(2)*u.unsqueeze(-1))
+    return (h @ C.unsqueeze(-1)).squeeze(3) + D*u
+
+
+def once(name: str, x: list) -> None:
+    "One forward and backward."
+    y = _mambapy(*x) if name == "mambapy" else selective_scan(*x, backend=name)
+    y.sum().backward()
+    for v in x:
+        v.grad = None
+
+
+def _time(f) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def _child(code, *args) -> float:
+    "A measurement in a process of its own, whose memory and compiled code are new."
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+
+
+def _contenders():
+    return [name for name in (*reversed(available_backends()), "mambapy") if name != "mambapy" or _version("mambapy")]
+
+
+def _floor(elements) -> float:
+    x = torch.rand(elements)
+    y = torch.empty_like(x)
+    torch.exp(x, out=y)
+    return statistics.median(_time(lambda: torch.exp(x, out=y)) for _ in range(5))
+
+
+def _shape(kind, b, l, d, n, repeats, bar) -> list:
+    "All contenders on one shape, in turns, so that a busy minute hits all alike."
+    rows = [(name, contiguous, make(b, l, d, n, contiguous)) for name in _contenders() for contiguous in (False, True) if not (contiguous and name == "ref")]
+    times = {(name, contiguous): [] for name, contiguous, _ in rows}
+    for turn in range(repeats + 1):  # the first compiles and warms
+        for name, contiguous, x in rows:
+            bar.set_postfix_str(f"{b}x{l}x{d}x{n} {name}")
+            slow = name == "ref" and turn > 1  # the loop takes long and varies little
+            if not slow:
+                took = _time(lambda: once(name, x))
+                times[name, contiguous] += [took]
+            bar.update()
+    medians = {key: statistics.median(t[1:]) for key, t in times.items()}
+    floor = _floor(b*l*d*n)
+    return [dict(kind=kind, shape=[b, l, d, n], backend=name, layout="(b,d,l)" if contiguous else "(b,l,d)", seconds=round(t, 6), ns_per_element=round(t/(b*l*d*n)*1e9, 3),
+                 times_mambapy=round(medians["mambapy", contiguous]/t, 1) if ("mambapy", contiguous) in medians else None,
+                 times_loop=round(medians["ref", False]/t, 1), of_exp_floor=round(t/floor, 2)) for (name, contiguous), t in medians.items()]
+
+
+def bench_scan(
+    quick: bool = False,  # two small shapes, to see that it runs
+    repeats: int = 3,  # rounds, of which the median counts
+    progress: bool = True,
+) -> dict:
+    "Forward and backward of the selective scan: every backend, the loop and mambapy, on patches, sequences and images; growth, memory, compile time."
+    shapes = QUICK if quick else SHAPES
+    result = dict(command="hsi-mamba bench scan" + (" --quick" if quick else ""), machine=machine(), rows=[])
+    with tqdm(total=len(shapes)*(repeats + 1)*(2*len(_contenders()) - 1), desc="bench scan", unit="run", disable=None if progress else True) as bar:
+        for shape in shapes:
+            result["rows"] += _shape(*shape, repeats, bar)
+    lengths = [1000*2**k for k in range(4 if quick else 8)] + ([] if quick else [200_000])
+    grow = {}
+    for l in lengths:
+        x = make(1, l, 32 if quick else 128, 16, False)
+        once("numba", x)
+        grow[l] = statistics.median(_time(lambda: once("numba", x)) for _ in range(5))
+    result["growth"] = [dict(length=l, seconds=round(t, 6), times_half=round(t/grow[l//2], 2) if l//2 in grow else None) for l, t in grow.items()]
+    b, l, d, n = QUICK[1][1:] if quick else WHOLE
+    x = make(b, l, d, n, False)
+    once("numba", x)
+    result["whole"] = dict(shape=[b, l, d, n], seconds=round(statistics.median(_time(lambda: once("numba", x)) for _ in range(3)), 4),
+                           peak_memory_over_u=round(_child(MEMORY, b, l, d, n), 2))
+    result["compile_seconds"] = round(_compile_seconds(), 1)
+    return result
+
+
+def _compile_seconds() -> float:
+    import tempfile
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["NUMBA_CACHE_DIR"] = empty
+        try:
+            return _child(COMPILE)
+        finally:
+            del os.environ["NUMBA_CACHE_DIR"]
+
+
+def table(result: dict) -> str:
+    "The result for people."
+    m = result["machine"]
+    lines = [f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads; torch {m['torch']}, numba {m['numba']}, mambapy {m['mambapy'] or 'not installed'}; {m['date']}",
+             "forward + backward, float32, b x l x d x n; ratios in one run, > 1 is faster than the other", "",
+             f"{'shape':<22}{'storage':<10}{'backend':<9}{'ms':>10}{'x mambapy':>11}{'x loop':>9}{'of exp':>8}"]
+    for r in result["rows"]:
+        lines.append(f"{'x'.join(map(str, r['shape'])):<22}{r['layout']:<10}{r['backend']:<9}{1e3*r['seconds']:>10.1f}"
+                     f"{r['times_mambapy'] or '-':>11}{r['times_loop']:>9}{r['of_exp_floor']:>8}")
+    growth = [g["times_half"] for g in result["growth"] if g["times_half"]]
+    w = result["whole"]
+    return "\n".join(lines + ["", f"doubling the length: {min(growth)} to {max(growth)} times the time, from {result['growth'][0]['length']:,} to {result['growth'][-1]['length']:,} steps",
+                              f"{'x'.join(map(str, w['shape']))}: {w['seconds']} s, peak extra memory {w['peak_memory_over_u']} times u; first compilation {result['compile_seconds']} s"])
+
+
+def save(result: dict, path) -> Path:
+    return write_file(path, json.dumps(result, indent=1) + "\n")

@@ -22,15 +22,14 @@ SHAPES = [("patches", 64, 49, 512, 16), ("patches", 512, 81, 128, 16), ("sequenc
 QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
 WHOLE = (1, 207_400, 128, 16)  # PaviaU's 610 x 340 pixels as one sequence
 MEMORY = """
-import resource, sys, torch
-from hsi_mamba_nb.bench import make, once
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+import sys
+from hsi_mamba_nb.bench import make, once, peak_memory
 b, l, d, n = map(int, sys.argv[1:5])
 once("numba", make(1, 8, d, n, False))
 x = make(b, l, d, n, False)
-before = peak()
+before = peak_memory()
 once("numba", x)
-print((peak() - before)/(4*b*l*d))
+print((peak_memory() - before)/(4*b*l*d))
 """
 COMPILE = """
 import time, torch
@@ -81,16 +80,25 @@ def once(name: str, x: list) -> None:
         v.grad = None
 
 
+def peak_memory() -> int:
+    "Most bytes this process ever had in memory. getrusage would count its parent's as well."
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])*1024
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+
+
 def _time(f) -> float:
     start = time.perf_counter()
     f()
     return time.perf_counter() - start
 
 
-def _child(code, *args) -> float:
-    "A measurement in a process of its own, whose memory and compiled code are new."
+def _child(code, *args) -> float | None:
+    "A measurement in a process of its own, whose memory and compiled code are new; None where it died."
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+    return round(float(done.stdout.split()[-1]), 2) if done.returncode == 0 else None
 
 
 def _contenders():
@@ -145,12 +153,12 @@ def bench_scan(
     x = make(b, l, d, n, False)
     once("numba", x)
     result["whole"] = dict(shape=[b, l, d, n], seconds=round(statistics.median(_time(lambda: once("numba", x)) for _ in range(3)), 4),
-                           peak_memory_over_u=round(_child(MEMORY, b, l, d, n), 2))
-    result["compile_seconds"] = round(_compile_seconds(), 1)
+                           peak_memory_over_u=_child(MEMORY, b, l, d, n))
+    result["compile_seconds"] = _compile_seconds()
     return result
 
 
-def _compile_seconds() -> float:
+def _compile_seconds() -> float | None:
     import tempfile
     with tempfile.TemporaryDirectory() as empty:
         os.environ["NUMBA_CACHE_DIR"] = empty

@@ -50,8 +50,18 @@ def _scans() -> list:
     x, Abar, (Bbar, C), D = torch.randn(2, 9, 3, generator=g), torch.rand(3, 4, generator=g), torch.randn(2, 3, 4, generator=g), torch.randn(3, generator=g)
     want, got = lti_scan_ref(x, Abar, Bbar, C, D), lti_scan(x, Abar, Bbar, C, D)
     err = float((got - want).abs().max()/want.abs().max())
-    return [("ok", "ref", "the loop", "the oracle of every other form"),
+    rows = [("ok", "ref", "the loop", "the oracle of every other form"),
             ("ok" if err < 1e-5 else "WRONG", "convolution", f"error {err:.0e}", "time-invariant SSM as a Toeplitz product")]
+    from hsi_mamba_nb.scan.backends import available_backends, selective_scan
+    u, delta = torch.randn(2, 3, 40, generator=g), torch.rand(2, 3, 40, generator=g)
+    args = u, delta, -torch.rand(3, 4, generator=g), torch.randn(2, 4, 40, generator=g), torch.randn(2, 4, 40, generator=g)
+    want = selective_scan(*args, backend="ref")
+    about = {"torch": "selective scan in chunks, any device", "numba": "selective scan compiled for the CPU; the first call ever compiles"}
+    for name in available_backends():
+        if name != "ref":
+            err = float((selective_scan(*args, backend=name) - want).norm()/want.norm())
+            rows.append(("ok" if err < 1e-5 else "WRONG", name, f"error {err:.0e}", about.get(name, "selective scan")))
+    return rows
 
 
 def _optional() -> list:

@@ -61,7 +61,7 @@ def _softplus(x):
     p = _L4 + e*(_L5 + e*(_L6 + e*(_L7 + e*(_L8 + e*_L9))))
     return (x if x > _ZERO else _ZERO) + e*(_L0 + e*(_L1 + e*(_L2 + e*(_L3 + e*p))))
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #fa75b719
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #a5d368c1
 def plan_blocks(
     b:int, # batch
     l:int, # steps
@@ -69,18 +69,21 @@ def plan_blocks(
     groups:int, # of channels that share B and C
 ) -> dict: # width, per_group, blocks, per_range, ranges, every
     "How a scan is cut: blocks of `width` channels, `ranges` of blocks that can run at the same time, `every` steps a tile."
-    size = d//groups # channels of a group
+    size, widest = d//groups, 256 if l <= 128 else 128 # channels of a group, and of a block: the states of a tile fit the second cache
     wanted = math.ceil(8/max(1, b)) # independent pieces a sample, so that a single image keeps several cores busy
-    per_group = max(1, math.ceil(size/128), min(math.ceil(wanted/groups), math.ceil(size/32)))
+    per_group = max(1, math.ceil(size/widest), min(math.ceil(wanted/groups), math.ceil(size/64)))
     width = 16*math.ceil(size/per_group/16) # whole vectors
     per_group = math.ceil(size/width)
     blocks = per_group*groups
     per_range = math.ceil(blocks/min(blocks, wanted))
     return dict(width=width, per_group=per_group, blocks=blocks, per_range=per_range, ranges=math.ceil(blocks/per_range),
-                every=min(128, max(16, round(math.sqrt(l)))))
+                every=min(128, max(16, 2*round(math.sqrt(l))))) # twice the least memory: longer walks along memory where it lies (b,d,l)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #09db6e4b
-@njit(fastmath=_FAST)
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #9437594e
+_inner = njit(fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True) # called by compiled code only: half the time to compile
+_inline = njit(fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True, inline="always")
+
+@_inner
 def _load(src, i, t0, size, d0, wide, tile): # (b,l,d) of any strides -> (q,c); the inner walk goes along memory
     for q in range(size):
         for c in range(wide, tile.shape[1]): tile[q, c] = 0
@@ -91,7 +94,7 @@ def _load(src, i, t0, size, d0, wide, tile): # (b,l,d) of any strides -> (q,c); 
         for q in range(size):
             for c in range(wide): tile[q, c] = src[i, t0 + q, d0 + c]
 
-@njit(fastmath=_FAST)
+@_inner
 def _store(tile, dst, i, t0, size, d0, wide): # the way back
     if dst.strides[1] < dst.strides[2]:
         for c in range(wide):
@@ -100,8 +103,8 @@ def _store(tile, dst, i, t0, size, d0, wide): # the way back
         for q in range(size):
             for c in range(wide): dst[i, t0 + q, d0 + c] = tile[q, c]
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #c50c3326
-@njit(fastmath=_FAST)
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #eae92082
+@_inner
 def _prepare(k, size, bias, D, softplus, us, step, slope, x, acc): # raw steps -> steps, their slope, x = step u, acc = D u
     for q in range(size):
         if softplus:
@@ -117,13 +120,13 @@ def _prepare(k, size, bias, D, softplus, us, step, slope, x, acc): # raw steps -
             x[q, c] = step[q, c]*us[q, c]
             acc[q, c] = D[k, c]*us[q, c]
 
-@njit(fastmath=_FAST)
+@_inner
 def _gate(acc, zs, size):
     for q in range(size):
         for c in range(acc.shape[1]): acc[q, c] *= zs[q, c]*_sigmoid(zs[q, c])
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #a3f1994c
-@njit(fastmath=_FAST)
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #68e2fb2a
+@_inner
 def _advance(h, A, step, x, acc, B, C, i, t, g, k, q): # one step of one block
     for m in range(h.shape[0]):
         bm, cm = B[i, t, g, m], C[i, t, g, m]
@@ -132,7 +135,7 @@ def _advance(h, A, step, x, acc, B, C, i, t, g, k, q): # one step of one block
             h[m, c] = v
             acc[q, c] += cm*v
 
-@njit(fastmath=_FAST)
+@_inner
 def _advance_w(h, A, W, step, x, acc, B, C, i, t, g, k, q): # the same, read through W
     for m in range(h.shape[0]):
         bm, cm = B[i, t, g, m], C[i, t, g, m]
@@ -141,9 +144,9 @@ def _advance_w(h, A, W, step, x, acc, B, C, i, t, g, k, q): # the same, read thr
             h[m, c] = v
             acc[q, c] += cm*W[k, m, c]*v
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #86f88f58
-def _forward(inputs, sizes, y, h, saved, lo, hi): # tasks lo..hi: a sample and a range of blocks each
-    u, delta, z, A, W, B, C, D, bias, seq = inputs
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3fcbedaa
+def _forward(inputs, W, sizes, y, h, saved, lo, hi): # tasks lo..hi: a sample and a range of blocks each
+    u, delta, z, A, B, C, D, bias, seq = inputs
     every, per_group, per_range, ranges, softplus = sizes
     l, blocks, w = u.shape[1], A.shape[0], A.shape[2]
     group = u.shape[2]*per_group//blocks
@@ -160,14 +163,14 @@ def _forward(inputs, sizes, y, h, saved, lo, hi): # tasks lo..hi: a sample and a
                 _prepare(k, size, bias, D, softplus, us, step, slope, x, acc)
                 for q in range(size):
                     if seq.size > 0 and t0 + q > 0 and seq[i, t0 + q] != seq[i, t0 + q - 1]: hk[:] = 0
-                    if W.size > 0: _advance_w(hk, A, W, step, x, acc, B, C, i, t0 + q, g, k, q)
+                    if W is not None: _advance_w(hk, A, W, step, x, acc, B, C, i, t0 + q, g, k, q)
                     else: _advance(hk, A, step, x, acc, B, C, i, t0 + q, g, k, q)
                 if z.size > 0: _load(z, i, t0, size, d0, wide, us)
                 if z.size > 0: _gate(acc, us, size)
                 _store(acc, y, i, t0, size, d0, wide)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #f7346781
-@njit(fastmath=_FAST)
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3b735ced
+@_inner
 def _replay(h, a, A, step, x, B, i, t, g, k, q, keep): # states and decays of a tile, this time kept; keep = 0 where a sequence begins
     for m in range(a.shape[1]):
         bm = B[i, t, g, m]
@@ -176,13 +179,16 @@ def _replay(h, a, A, step, x, B, i, t, g, k, q, keep): # states and decays of a 
             a[q, m, c] = e
             h[q + 1, m, c] = e*h[q, m, c] + x[q, c]*bm
 
-@njit(fastmath=_FAST)
+@_inner
 def _read(h, W, C, acc, i, t, g, k, q): # y before the gate, needed for dz
     for m in range(h.shape[1]):
         cm = C[i, t, g, m]
-        for c in range(h.shape[2]): acc[q, c] += cm*(W[k, m, c] if W.size > 0 else _ONE)*h[q + 1, m, c]
+        if W is None:
+            for c in range(h.shape[2]): acc[q, c] += cm*h[q + 1, m, c]
+        else:
+            for c in range(h.shape[2]): acc[q, c] += cm*W[k, m, c]*h[q + 1, m, c]
 
-@njit(fastmath=_FAST)
+@_inner
 def _ungate(gs, acc, zs, size): # gs: dy -> gradient before the gate; zs: z -> dz
     for q in range(size):
         for c in range(acc.shape[1]):
@@ -190,15 +196,15 @@ def _ungate(gs, acc, zs, size): # gs: dy -> gradient before the gate; zs: z -> d
             gs[q, c] = v*zs[q, c]*s
             zs[q, c] = v*acc[q, c]*s*(_ONE + zs[q, c]*(_ONE - s))
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #5da950aa
-@njit(fastmath=_FAST)
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #87e1298f
+@_inner
 def _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t, row, g, k, q):
     for c in range(q1.size): q1[c] = q2[c] = 0
     for m in range(a.shape[1]):
         bm, cm, sB, sC = B[i, t, g, m], C[i, t, g, m], _ZERO, _ZERO
         for c in range(a.shape[2]):
-            v = dh[m, c] + cm*gs[c]
-            sC += gs[c]*h[q + 1, m, c]
+            v = dh[m, c] + cm*gs[q, c]
+            sC += gs[q, c]*h[q + 1, m, c]
             sB += v*x[q, c]
             e = v*a[q, m, c]
             p = e*h[q, m, c]
@@ -209,17 +215,17 @@ def _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t, row, g
         dB[r, i, row, g, m] += sB
         dC[r, i, row, g, m] += sC
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #28bda501
-@njit(fastmath=_FAST)
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #b174cf2f
+@_inner
 def _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW, q1, q2, dB, dC, r, i, t, row, g, k, q):
     for c in range(q1.size): q1[c] = q2[c] = 0
     for m in range(a.shape[1]):
         bm, cm, sB, sC = B[i, t, g, m], C[i, t, g, m], _ZERO, _ZERO
         for c in range(a.shape[2]):
-            gw = gs[c]*W[k, m, c]
+            gw = gs[q, c]*W[k, m, c]
             v = dh[m, c] + cm*gw
             sC += gw*h[q + 1, m, c]
-            dW[m, c] += gs[c]*cm*h[q + 1, m, c]
+            dW[m, c] += gs[q, c]*cm*h[q + 1, m, c]
             sB += v*x[q, c]
             e = v*a[q, m, c]
             p = e*h[q, m, c]
@@ -230,34 +236,34 @@ def _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW, q1, q2, dB, dC, r, i, 
         dB[r, i, row, g, m] += sB
         dC[r, i, row, g, m] += sC
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #aed28efe
-@njit(fastmath=_FAST)
-def _finish(gs, q1, q2, us, step, slope, D, dD, dbias, k, q): # q1 -> du, q2 -> ddelta
-    for c in range(gs.size):
-        dD[c] += gs[c]*us[q, c]
-        p = q2[c]
-        q2[c] = (_LN2*q1[c] + us[q, c]*p)*slope[q, c]
-        dbias[c] += q2[c]
-        q1[c] = D[k, c]*gs[c] + step[q, c]*p
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #5b4e1f82
+@_inner
+def _finish(gs, q1, q2, us, step, slope, D, dD, dbias, k, q): # gs: gradient of y -> du; step -> ddelta
+    for c in range(q1.size):
+        v, p = gs[q, c], q2[c]
+        d_step = (_LN2*q1[c] + us[q, c]*p)*slope[q, c]
+        dD[c] += v*us[q, c]
+        dbias[c] += d_step
+        gs[q, c] = D[k, c]*v + step[q, c]*p
+        step[q, c] = d_step
 
-@njit(fastmath=_FAST)
-def _retreat_tile(inputs, tiles, states, grads, small, r, i, k, g, t0, size, first): # from the last step of a tile to its first
-    u, delta, z, A, W, B, C, D, bias, seq = inputs
+@_inline
+def _retreat_tile(inputs, W, tiles, states, grads, dW, small, r, i, k, g, t0, size, first): # from the last step of a tile to its first
+    u, delta, z, A, B, C, D, bias, seq = inputs
     us, step, slope, x, acc, gs, zs = tiles
     h, a, q1, q2 = states
-    dB, dC, dh, dA, dW = grads
-    dD, dbias = small
-    for q in range(size - 1, -1, -1):
-        t = t0 + q
-        if W.size > 0: _retreat_w(h, a, A, W, step, x, B, C, gs[q], dh[i, k], dA[i, k], dW[i, k], q1, q2, dB, dC, r, i, t, t - first, g, k, q)
-        else: _retreat(h, a, A, step, x, B, C, gs[q], dh[i, k], dA[i, k], q1, q2, dB, dC, r, i, t, t - first, g, k, q)
-        _finish(gs[q], q1, q2, us, step, slope, D, dD[i, k], dbias[i, k], k, q)
-        gs[q], step[q] = q1, q2
+    dB, dC, dh, dA = grads[0], grads[1], grads[2][i, k], grads[3][i, k] # views once a tile: each costs two locked instructions
+    dD, dbias = small[0][i, k], small[1][i, k]
+    for n in range(size):
+        q = size - 1 - n
+        if W is not None: _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW[i, k], q1, q2, dB, dC, r, i, t0 + q, t0 + q - first, g, k, q)
+        else: _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t0 + q, t0 + q - first, g, k, q)
+        _finish(gs, q1, q2, us, step, slope, D, dD, dbias, k, q)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #f9edd0f9
-@njit(fastmath=_FAST)
-def _replay_tile(inputs, tiles, states, i, k, g, t0, size):
-    u, delta, z, A, W, B, C, D, bias, seq = inputs
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #c4558f42
+@_inline
+def _replay_tile(inputs, W, tiles, states, i, k, g, t0, size):
+    u, delta, z, A, B, C, D, bias, seq = inputs
     us, step, slope, x, acc, gs, zs = tiles
     h, a, q1, q2 = states
     for q in range(size):
@@ -266,9 +272,9 @@ def _replay_tile(inputs, tiles, states, i, k, g, t0, size):
         _replay(h, a, A, step, x, B, i, t, g, k, q, keep)
         if z.size > 0: _read(h, W, C, acc, i, t, g, k, q)
 
-@njit(fastmath=_FAST)
-def _tile_back(inputs, sizes, saved, dy, du, ddelta, dz, grads, small, tiles, states, i, r, j, k, group, first): # one tile of one block
-    u, delta, z, A, W, B, C, D, bias, seq = inputs
+@_inline
+def _tile_back(inputs, W, sizes, saved, dy, du, ddelta, dz, grads, dW, small, tiles, states, i, r, j, k, group, first): # one tile of one block
+    u, delta, z, A, B, C, D, bias, seq = inputs
     us, step, slope, x, acc, gs, zs = tiles
     every, per_group, w = sizes[0], sizes[1], A.shape[2]
     g, t0, part = k//per_group, j*every, k % per_group*w
@@ -278,17 +284,17 @@ def _tile_back(inputs, sizes, saved, dy, du, ddelta, dz, grads, small, tiles, st
     _load(delta, i, t0, size, d0, wide, step)
     _load(dy, i, t0, size, d0, wide, gs)
     _prepare(k, size, bias, D, sizes[4], us, step, slope, x, acc)
-    _replay_tile(inputs, tiles, states, i, k, g, t0, size)
+    _replay_tile(inputs, W, tiles, states, i, k, g, t0, size)
     if z.size > 0:
         _load(z, i, t0, size, d0, wide, zs)
         _ungate(gs, acc, zs, size)
         _store(zs, dz, i, t0, size, d0, wide)
-    _retreat_tile(inputs, tiles, states, grads, small, r, i, k, g, t0, size, first)
+    _retreat_tile(inputs, W, tiles, states, grads, dW, small, r, i, k, g, t0, size, first)
     _store(gs, du, i, t0, size, d0, wide)
     _store(step, ddelta, i, t0, size, d0, wide)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #8041193b
-def _backward(inputs, sizes, saved, dy, du, ddelta, dz, grads, small, first, last, lo, hi): # tiles first..last of tasks lo..hi
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #b4655e14
+def _backward(inputs, W, sizes, saved, dy, du, ddelta, dz, grads, dW, small, first, last, lo, hi): # tiles first..last of tasks lo..hi
     every, per_group, per_range, ranges, softplus = sizes
     (blocks, n, w), d = inputs[3].shape, inputs[0].shape[2]
     scratch = np.empty((7, every, w), _F)
@@ -298,17 +304,18 @@ def _backward(inputs, sizes, saved, dy, du, ddelta, dz, grads, small, first, las
         i, r = task//ranges, task % ranges
         for j in range(last - 1, first - 1, -1):
             for k in range(r*per_range, min(blocks, (r + 1)*per_range)):
-                _tile_back(inputs, sizes, saved, dy, du, ddelta, dz, grads, small, tiles, states, i, r, j, k, d*per_group//blocks, first*every)
+                _tile_back(inputs, W, sizes, saved, dy, du, ddelta, dz, grads, dW, small, tiles, states, i, r, j, k, d*per_group//blocks, first*every)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #580c8b8c
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #8b7b0d8d
 @lru_cache(None)
-def _kernels() -> tuple: # forward, backward
+def _kernels(fixed) -> tuple: # forward, backward; without W, numba drops what only W needs
     f = lambda n, order="A": types.Array(types.float32, n, order)
     I, a3, a4, c2, c3, c4, c5 = types.intp, f(3), f(4), f(2, "C"), f(3, "C"), f(4, "C"), f(5, "C")
-    inputs = types.Tuple((a3, a3, a3, c3, c3, a4, a4, c2, c2, types.Array(types.int64, 2, "A")))
+    W, dW = (c3, c4) if fixed else (types.none, types.none)
+    inputs = types.Tuple((a3, a3, a3, c3, a4, a4, c2, c2, types.Array(types.int64, 2, "A")))
     sizes = types.Tuple((I, I, I, I, types.boolean))
-    forward = types.void(inputs, sizes, a3, c4, c5, I, I)
-    backward = types.void(inputs, sizes, c5, a3, a3, a3, a3, types.Tuple((c5, c5, c4, c4, c4)), types.Tuple((c3, c3)), I, I, I, I)
+    forward = types.void(inputs, W, sizes, a3, c4, c5, I, I)
+    backward = types.void(inputs, W, sizes, c5, a3, a3, a3, a3, types.Tuple((c5, c5, c4, c4)), dW, types.Tuple((c3, c3)), I, I, I, I)
     def compiled(function, signature):
         how = dict(fastmath=_FAST, nogil=True, error_model="numpy")
         try: return njit(signature, cache=True, **how)(function)
@@ -325,8 +332,8 @@ def _spread(kernel, tasks, *args): # run tasks 0..tasks on as many threads as to
     cuts = [tasks*n//threads for n in range(threads + 1)]
     for done in [_POOLS[threads].submit(kernel, *args, lo, hi) for lo, hi in zip(cuts, cuts[1:])]: done.result()
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #f5b7212f
-_NONE = {n: np.empty((0,)*n, _F) for n in (3, 4, 5)}
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3bbb020b
+_NONE = np.empty((0, 0, 0), _F) # no gate
 
 def _to_blocks(x, plan, groups) -> np.ndarray: # (n,d) -> (blocks,n,w)
     n, d = x.shape
@@ -340,24 +347,28 @@ def _from_blocks(x, d, groups) -> Tensor: # (b,blocks,n,w) -> (b,n,d)
 
 def _inputs(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus) -> tuple: # what both kernels read, and the plan
     (b, d, l), groups = u.shape, B.shape[1]
-    plan, walk = plan_blocks(b, l, d, groups), lambda x: _NONE[3] if x is None else x.detach().transpose(1, 2).numpy() # (b,d,l) -> (b,l,d), a view
+    plan, walk = plan_blocks(b, l, d, groups), lambda x: _NONE if x is None else x.detach().transpose(1, 2).numpy() # (b,d,l) -> (b,l,d), a view
     row = lambda x: _to_blocks(torch.zeros(1, d) if x is None else x[None], plan, groups)[:, 0].copy() # (d,) -> (blocks,w)
+    def rows(x): # (b,g,n,l) -> (b,l,g,n); the n numbers of a step next to each other
+        x = x.detach().permute(0, 3, 1, 2).numpy()
+        return np.ascontiguousarray(x) if x.strides[3] > max(4, x.strides[1]) else x
     seq = np.empty((0, 0), np.int64) if seq_idx is None else seq_idx.to(torch.int64).numpy()
-    arrays = (walk(u), walk(delta), walk(z), _to_blocks(A.T*float(_LOG2E), plan, groups), _NONE[3] if W is None else _to_blocks(W.T, plan, groups),
-              B.detach().permute(0, 3, 1, 2).numpy(), C.detach().permute(0, 3, 1, 2).numpy(), row(D), row(delta_bias), seq)
-    return arrays, tuple(plan[k] for k in ("every", "per_group", "per_range", "ranges")) + (softplus,), plan
+    arrays = (walk(u), walk(delta), walk(z), _to_blocks(A.T*float(_LOG2E), plan, groups),
+              rows(B), rows(C), row(D), row(delta_bias), seq)
+    sizes = tuple(plan[k] for k in ("every", "per_group", "per_range", "ranges")) + (softplus,)
+    return (arrays, None if W is None else _to_blocks(W.T, plan, groups), sizes), plan
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #4592347f
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #cd52ff67
 _float = lambda *shape: np.zeros(shape, _F)
 
 @torch.library.custom_op("hsi_mamba_nb::selective_scan_numba", mutates_args=(), device_types="cpu")
 def _scan_op(u:Tensor, delta:Tensor, A:Tensor, B:Tensor, C:Tensor, D:Tensor|None, z:Tensor|None, delta_bias:Tensor|None, W:Tensor|None,
              seq_idx:Tensor|None, softplus:bool, save:bool) -> tuple[Tensor, Tensor, Tensor]: # y (b,d,l), last state (b,d,n), saved states
     (b, d, l), n = u.shape, A.shape[1]
-    arrays, sizes, plan = _inputs(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus)
+    given, plan = _inputs(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus)
     y, h = torch.empty_like(u), _float(b, plan["blocks"], n, plan["width"])
     saved = np.empty((b, plan["blocks"], -(-l//plan["every"]), n, plan["width"]) if save else (0,)*5, _F)
-    _spread(_kernels()[0], b*plan["ranges"], arrays, sizes, y.transpose(1, 2).numpy(), h, saved)
+    _spread(_kernels(W is not None)[0], b*plan["ranges"], *given, y.transpose(1, 2).numpy(), h, saved)
     return y, _from_blocks(h, d, B.shape[1]).transpose(1, 2).contiguous(), torch.from_numpy(saved)
 
 @_scan_op.register_fake
@@ -366,16 +377,16 @@ def _(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus, save):
     chunks = (u.shape[0], plan["blocks"], -(-u.shape[2]//plan["every"]), A.shape[1], plan["width"])
     return torch.empty_like(u), u.new_empty(u.shape[0], *A.shape), u.new_empty(chunks if save else (0,)*5)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #9f93dae3
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #f7f1af79
 @torch.library.custom_op("hsi_mamba_nb::selective_scan_numba_backward", mutates_args=(), device_types="cpu")
 def _scan_back(dy:Tensor, dlast:Tensor|None, saved:Tensor, u:Tensor, delta:Tensor, A:Tensor, B:Tensor, C:Tensor, D:Tensor|None, z:Tensor|None,
                delta_bias:Tensor|None, W:Tensor|None, seq_idx:Tensor|None, softplus:bool) -> list[Tensor]: # of u, delta, A, B, C, D, z, delta_bias, W
     (b, d, l), groups = u.shape, B.shape[1]
-    arrays, sizes, plan = _inputs(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus)
+    given, plan = _inputs(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus)
     blocks, w, n, every = plan["blocks"], plan["width"], A.shape[1], plan["every"]
     du, ddelta, dz = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(u if z is None else z)
     dA, small = _float(b, blocks, n, w), (_float(b, blocks, w), _float(b, blocks, w))
-    dW = _float(b, blocks, n, w) if W is not None else _NONE[4]
+    dW = None if W is None else _float(b, blocks, n, w)
     dh = _float(b, blocks, n, w) if dlast is None else np.stack([_to_blocks(x.T, plan, groups) for x in dlast]) if b else _float(0, blocks, n, w)
     dB, dC = torch.empty(b, l, groups, n), torch.empty(b, l, groups, n)
     tiles, span = -(-l//every), max(1, 8192//every) # a window of tiles at a time, so that what the ranges add up stays small
@@ -383,8 +394,8 @@ def _scan_back(dy:Tensor, dlast:Tensor|None, saved:Tensor, u:Tensor, delta:Tenso
         first = max(0, last - span)
         t0, t1 = first*every, min(l, last*every)
         parts = np.zeros((2, plan["ranges"], b, t1 - t0, groups, n), _F)
-        _spread(_kernels()[1], b*plan["ranges"], arrays, sizes, saved.numpy(), *(x.detach().transpose(1, 2).numpy() for x in (dy, du, ddelta, dz)),
-                (parts[0], parts[1], dh, dA, dW), small, first, last)
+        _spread(_kernels(W is not None)[1], b*plan["ranges"], *given, saved.numpy(), *(x.detach().transpose(1, 2).numpy() for x in (dy, du, ddelta, dz)),
+                (parts[0], parts[1], dh, dA), dW, small, first, last)
         dB[:, t0:t1], dC[:, t0:t1] = torch.from_numpy(parts.sum(1)) # the ranges in their fixed order
     of = lambda x: _from_blocks(x, d, groups).sum(0) # over the batch
     return [du, ddelta, of(dA).T.contiguous(), dB.permute(0, 2, 3, 1), dC.permute(0, 2, 3, 1), of(small[0][:, :, None])[0], dz, of(small[1][:, :, None])[0],

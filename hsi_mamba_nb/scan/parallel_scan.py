@@ -159,7 +159,7 @@ def _in_chunks(u:Tensor, delta:Tensor, A:Tensor, B:Tensor, C:Tensor, fresh:Tenso
         y.append(y_s)
     return torch.cat(y, 1).mT, h.mT
 
-# %% ../../nbs/2_scan/22_parallel_scan.ipynb #826af896
+# %% ../../nbs/2_scan/22_parallel_scan.ipynb #17ac4535
 def selective_scan_torch(
     u:Tensor, # (b,d,l) input of the scan, l >= 1
     delta:Tensor, # (b,d,l) step, before bias and softplus
@@ -175,7 +175,7 @@ def selective_scan_torch(
     chunk:int|None = None, # steps worked on at a time; chosen from the sizes if not given
 ) -> Tensor|tuple[Tensor, Tensor]: # y (b,d,l) of u's dtype; last state (b,d,n) of the computing dtype
     "`selective_scan_ref` in chunks, on any device: memory for one chunk; float64 where u is, else float32."
-    if not torch.compiler.is_compiling(): check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, seq_idx)
+    check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, seq_idx)
     given, kind = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
     u, delta, A, B, C, D, z, delta_bias = (None if v is None else v.to(kind) for v in (u, delta, A, B, C, D, z, delta_bias))
     if delta_bias is not None: delta = delta + delta_bias[:, None]

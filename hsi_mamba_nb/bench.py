@@ -80,12 +80,15 @@ def once(name: str, x: list) -> None:
         v.grad = None
 
 
-def peak_memory() -> int:
-    "Most bytes this process ever had in memory. getrusage would count its parent's as well."
+def peak_memory() -> float:
+    "Most bytes this process ever had in memory; nan where the system does not tell. getrusage would count its parent's as well."
     status = Path("/proc/self/status")
     if status.exists():
         return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])*1024
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
 
@@ -95,37 +98,29 @@ def _time(f) -> float:
     return time.perf_counter() - start
 
 
-def _child(code, *args) -> float | None:
-    "A measurement in a process of its own, whose memory and compiled code are new; None where it died."
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    return round(float(done.stdout.split()[-1]), 2) if done.returncode == 0 else None
+def _child(code, *args, **env) -> float | None:
+    "A measurement in a process of its own, whose memory and compiled code are new; None where there is none to be had."
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **env})
+    value = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+    return round(value, 2) if value == value else None
 
 
 def _contenders():
     return [name for name in (*reversed(available_backends()), "mambapy") if name != "mambapy" or _version("mambapy")]
 
 
-def _floor(elements) -> float:
-    x = torch.rand(elements)
-    y = torch.empty_like(x)
-    torch.exp(x, out=y)
-    return statistics.median(_time(lambda: torch.exp(x, out=y)) for _ in range(5))
-
-
 def _shape(kind, b, l, d, n, repeats, bar) -> list:
-    "All contenders on one shape, in turns, so that a busy minute hits all alike."
+    "All contenders on one shape and torch.exp over its elements, in turns, so that a busy minute hits all alike."
     rows = [(name, contiguous, make(b, l, d, n, contiguous)) for name in _contenders() for contiguous in (False, True) if not (contiguous and name == "ref")]
-    times = {(name, contiguous): [] for name, contiguous, _ in rows}
-    for turn in range(repeats + 1):  # the first compiles and warms
+    times, floor = {(name, contiguous): [] for name, contiguous, _ in rows}, []
+    source, target = torch.rand(b*l*d*n), torch.empty(b*l*d*n)
+    for _ in range(repeats + 1):  # the first compiles and warms
+        floor.append(_time(lambda: torch.exp(source, out=target)))
         for name, contiguous, x in rows:
             bar.set_postfix_str(f"{b}x{l}x{d}x{n} {name}")
-            slow = name == "ref" and turn > 1  # the loop takes long and varies little
-            if not slow:
-                took = _time(lambda: once(name, x))
-                times[name, contiguous] += [took]
+            times[name, contiguous].append(_time(lambda: once(name, x)))
             bar.update()
-    medians = {key: statistics.median(t[1:]) for key, t in times.items()}
-    floor = _floor(b*l*d*n)
+    medians, floor = {key: statistics.median(t[1:]) for key, t in times.items()}, statistics.median(floor[1:])
     return [dict(kind=kind, shape=[b, l, d, n], backend=name, layout="(b,d,l)" if contiguous else "(b,l,d)", seconds=round(t, 6), ns_per_element=round(t/(b*l*d*n)*1e9, 3),
                  times_mambapy=round(medians["mambapy", contiguous]/t, 1) if ("mambapy", contiguous) in medians else None,
                  times_loop=round(medians["ref", False]/t, 1), of_exp_floor=round(t/floor, 2)) for (name, contiguous), t in medians.items()]
@@ -142,7 +137,7 @@ def bench_scan(
     with tqdm(total=len(shapes)*(repeats + 1)*(2*len(_contenders()) - 1), desc="bench scan", unit="run", disable=None if progress else True) as bar:
         for shape in shapes:
             result["rows"] += _shape(*shape, repeats, bar)
-    lengths = [1000*2**k for k in range(4 if quick else 8)] + ([] if quick else [200_000])
+    lengths = [1000*2**k for k in range(4 if quick else 8)] + ([] if quick else [100_000, 200_000])
     grow = {}
     for l in lengths:
         x = make(1, l, 32 if quick else 128, 16, False)
@@ -161,11 +156,7 @@ def bench_scan(
 def _compile_seconds() -> float | None:
     import tempfile
     with tempfile.TemporaryDirectory() as empty:
-        os.environ["NUMBA_CACHE_DIR"] = empty
-        try:
-            return _child(COMPILE)
-        finally:
-            del os.environ["NUMBA_CACHE_DIR"]
+        return _child(COMPILE, NUMBA_CACHE_DIR=empty)
 
 
 def table(result: dict) -> str:
@@ -180,7 +171,7 @@ def table(result: dict) -> str:
     growth = [g["times_half"] for g in result["growth"] if g["times_half"]]
     w = result["whole"]
     return "\n".join(lines + ["", f"doubling the length: {min(growth)} to {max(growth)} times the time, from {result['growth'][0]['length']:,} to {result['growth'][-1]['length']:,} steps",
-                              f"{'x'.join(map(str, w['shape']))}: {w['seconds']} s, peak extra memory {w['peak_memory_over_u']} times u; first compilation {result['compile_seconds']} s"])
+                              f"{'x'.join(map(str, w['shape']))}: {w['seconds']} s, peak memory beyond its inputs {w['peak_memory_over_u'] or '?'} times u; first compilation {result['compile_seconds'] or '?'} s"])
 
 
 def save(result: dict, path) -> Path:

@@ -88,7 +88,7 @@ class TestEveryBackend:
         parts = [selective_scan(**{k: cut(v, s) for k, v in x.items()}, backend=backend) for s in (slice(0, 11), slice(11, 30))]
         assert torch.allclose(whole, torch.cat(parts, -1), rtol=1e-5, atol=1e-6)
         x["u"][..., :11] = 1e30  # however large
-        assert torch.isfinite(selective_scan(**x, **rest, backend=backend)[..., 11:]).all()
+        assert torch.allclose(selective_scan(**x, **rest, backend=backend)[..., 11:], parts[1], rtol=1e-5, atol=1e-6)
 
     def test_any_strides(self, backend):
         x, rest = case(40, d=32, D=1, z=1)
@@ -155,6 +155,16 @@ class TestEveryBackend:
         assert torch.allclose(torch.autograd.grad(f(x["u"]), x["u"])[0], torch.autograd.grad(g(x["u"]), x["u"])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["ref", "numba"])  # torch multiplies by 0, which an infinite value survives: its docstring says so
+def test_a_broken_sequence_spoils_no_other(backend):
+    x, _ = case(30)
+    x["u"][..., 5] = torch.inf
+    x = {k: v.float().requires_grad_() for k, v in x.items()}
+    y = selective_scan(**x, seq_idx=torch.tensor([[0]*11 + [4]*19]*3), backend=backend)
+    grads = torch.autograd.grad(y[..., 11:].sum(), [x["u"], x["delta"]])
+    assert torch.isfinite(y[..., 11:]).all() and all(torch.isfinite(g[..., 11:]).all() for g in grads)
+
+
 @pytest.mark.parametrize("backend", ["ref", "torch"])
 def test_second_derivatives(backend):
     x, rest = case(5, b=1, d=2, n=2, **OPTIONS["all packed"])
@@ -171,6 +181,14 @@ def test_numba_says_that_it_has_no_second_derivative():
     with pytest.raises(InputError, match="backend='ref' or 'torch'"): g.sum().backward()
 
 
+def test_numba_says_that_it_has_no_forward_mode():
+    x, _ = case(5)
+    f = {k: v.float() for k, v in x.items()}
+    with pytest.raises(InputError, match="forward-mode"): torch.func.jvp(lambda u: selective_scan(**f | dict(u=u), backend="numba"), (f["u"],), (f["u"],))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(InputError, match="forward-mode"):
+        selective_scan(**f | dict(u=torch.autograd.forward_ad.make_dual(f["u"], f["u"])), backend="numba")
+
+
 def test_numba_operator_is_what_torch_expects():
     from hsi_mamba_nb.scan.cpu_kernel import _scan_op
     x, _ = case(20, b=2, d=40, n=4, D=1, z=1)
@@ -180,10 +198,10 @@ def test_numba_operator_is_what_torch_expects():
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
-    x, rest = case(300, b=1, d=128, n=16, **OPTIONS["all"])
+    x, rest = case(60, b=3, d=400, n=16, **OPTIONS["all"])
     before, runs = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             runs.append(run("numba", x, rest, torch.float32))
     finally:
@@ -205,6 +223,7 @@ def test_choice_and_refusals():
     assert {"ref", "torch", "numba"} <= set(available_backends())
     with pytest.raises(InputError, match="no backend 'cuda'"): selective_scan(**x, backend="cuda")
     with pytest.raises(InputError, match="B"): selective_scan(**x | dict(B=x["B"][:, :, :-1]))
+    with pytest.raises(InputError, match="d and l >= 1"): selective_scan(**x | dict(u=x["u"][:, :0]))
     with pytest.raises(InputError, match="delta"): selective_scan(**x | dict(delta=x["delta"][:1]))
     assert selective_scan(**x).dtype == torch.float64  # auto keeps what it is given
     assert torch.equal(selective_scan(**x), selective_scan(**x, backend="ref"))
@@ -219,4 +238,4 @@ def test_bench_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path/"b.json").read_text())
     assert {r["backend"] for r in result["rows"]} >= {"ref", "torch", "numba"} and all(r["seconds"] > 0 for r in result["rows"])
-    assert result["whole"]["peak_memory_over_u"] < 50 and result["compile_seconds"] > 0 and "x mambapy" in done.stdout
+    assert (result["whole"]["peak_memory_over_u"] or 0) < 50 and result["compile_seconds"] > 0 and "x mambapy" in done.stdout

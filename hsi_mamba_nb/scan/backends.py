@@ -28,10 +28,9 @@ def available_backends() -> list[str]:
     return [name for name in _BACKENDS if name != "numba" or find_spec("numba") is not None]
 
 
-def _choose(u: Tensor, others) -> str:
-    "numba for what it computes in: CPU, float32 or less. Otherwise the loop where it is short and exact, else chunks."
-    wide = any(x is not None and x.dtype == torch.float64 for x in (u, *others))
-    if u.device.type == "cpu" and not wide and "numba" in available_backends():
+def _choose(u: Tensor) -> str:
+    "numba for what it computes in: CPU, float32 or less. Otherwise the loop where it is short, else chunks."
+    if u.device.type == "cpu" and u.dtype != torch.float64 and "numba" in available_backends():
         return "numba"
     return "ref" if u.shape[-1] <= 32 else "torch"
 
@@ -52,10 +51,11 @@ def selective_scan(
 ):  # y (b,d,l) of u's dtype, and with return_last_state the state (b,d,n)
     """The selective scan h_t = exp(step_t A) h_(t-1) + step_t B_t u_t, y_t = <C_t, h_t> + D u_t, with mamba_ssm's layout and meaning.
 
-    The state is float32 (float64 for float64 input) whatever the dtype of u. Gradients for every tensor but seq_idx; a second
-    derivative with "ref" and "torch". Raises `InputError` that names the argument."""
+    The state is float32, or float64 where u is. Gradients for every tensor but seq_idx; a second derivative with "ref" and "torch",
+    forward mode with "ref". No state crosses a reset; with "torch" a value that is not finite does. Raises `InputError` that names
+    the argument."""
     if backend != "auto" and backend not in _BACKENDS:
         raise InputError(f"selective_scan: no backend {backend!r}; here are auto, {', '.join(available_backends())}")
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, seq_idx)
-    name = _choose(u, (delta, A, B, C, D, z, delta_bias)) if backend == "auto" else backend
+    name = _choose(u) if backend == "auto" else backend
     return _BACKENDS[name](u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, seq_idx)

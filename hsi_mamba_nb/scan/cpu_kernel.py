@@ -7,7 +7,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/2_scan/cpu_kernel.html.md"""
 # %% auto #0
 __all__ = ['fit_series', 'plan_blocks', 'selective_scan_numba']
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #8e43a356
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #1cadb14a
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numba import njit, types
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ..errors import InputError
 from .selection import check_scan_inputs
@@ -34,7 +35,7 @@ def fit_series(
     series = np.polynomial.chebyshev.Chebyshev.fit(x, f(x), degree, domain=[low, high], w=weight and weight(x))
     return tuple(np.float32(c) for c in series.convert(kind=np.polynomial.Polynomial).coef)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #0930e3fd
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #dbc345f2
 _F, _FAST = np.float32, {"contract", "reassoc", "nsz"} # sums may be regrouped; NaN and inf keep their meaning
 _LOG2E, _LN2, _ZERO, _ONE = _F(1/math.log(2)), _F(math.log(2)), _F(0), _F(1)
 _E1, _E2, _E3, _E4, _E5 = fit_series(lambda f: np.expm1(f*math.log(2))/f, -.5, .5, 4, np.abs)
@@ -42,7 +43,7 @@ _E1, _E2, _E3, _E4, _E5 = fit_series(lambda f: np.expm1(f*math.log(2))/f, -.5, .
 @njit(fastmath=_FAST)
 def _exp2(t): # 2**t in float32, from additions, multiplications and one shift
     t = _F(-127) if t < _F(-127) else t # 2**-127 has no exponent bits left: exactly 0
-    t = _F(128) if t > _F(128) else t # exponent bits all set: infinite; NaN passes both lines
+    t = _F(128) if t > _F(128) else t # from 127.5 on infinite: exponent bits all set; NaN passes both lines
     k = np.floor(t + _F(.5))
     f = t - k
     p = _ONE + f*(_E1 + f*(_E2 + f*(_E3 + f*(_E4 + f*_E5))))
@@ -61,7 +62,7 @@ def _softplus(x):
     p = _L4 + e*(_L5 + e*(_L6 + e*(_L7 + e*(_L8 + e*_L9))))
     return (x if x > _ZERO else _ZERO) + e*(_L0 + e*(_L1 + e*(_L2 + e*(_L3 + e*p))))
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #a5d368c1
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #5e24dbf8
 def plan_blocks(
     b:int, # batch
     l:int, # steps
@@ -77,7 +78,7 @@ def plan_blocks(
     blocks = per_group*groups
     per_range = math.ceil(blocks/min(blocks, wanted))
     return dict(width=width, per_group=per_group, blocks=blocks, per_range=per_range, ranges=math.ceil(blocks/per_range),
-                every=min(128, max(16, 2*round(math.sqrt(l))))) # twice the least memory: longer walks along memory where it lies (b,d,l)
+                every=min(128, max(16, 2*round(math.sqrt(l))))) # twice the s of least memory: 1.25 times the states, longer walks where memory lies (b,d,l)
 
 # %% ../../nbs/2_scan/23_cpu_kernel.ipynb #9437594e
 _inner = njit(fastmath=_FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True) # called by compiled code only: half the time to compile
@@ -169,7 +170,7 @@ def _forward(inputs, W, sizes, y, h, saved, lo, hi): # tasks lo..hi: a sample an
                 if z.size > 0: _gate(acc, us, size)
                 _store(acc, y, i, t0, size, d0, wide)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3b735ced
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #57ed7455
 @_inner
 def _replay(h, a, A, step, x, B, i, t, g, k, q, keep): # states and decays of a tile, this time kept; keep = 0 where a sequence begins
     for m in range(a.shape[1]):
@@ -177,7 +178,7 @@ def _replay(h, a, A, step, x, B, i, t, g, k, q, keep): # states and decays of a 
         for c in range(a.shape[2]):
             e = keep*_exp2(step[q, c]*A[k, m, c])
             a[q, m, c] = e
-            h[q + 1, m, c] = e*h[q, m, c] + x[q, c]*bm
+            h[q + 1, m, c] = e*(h[q, m, c] if keep > _ZERO else _ZERO) + x[q, c]*bm # 0 times infinite would be NaN
 
 @_inner
 def _read(h, W, C, acc, i, t, g, k, q): # y before the gate, needed for dz
@@ -196,9 +197,9 @@ def _ungate(gs, acc, zs, size): # gs: dy -> gradient before the gate; zs: z -> d
             gs[q, c] = v*zs[q, c]*s
             zs[q, c] = v*acc[q, c]*s*(_ONE + zs[q, c]*(_ONE - s))
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #87e1298f
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #52db01dd
 @_inner
-def _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t, row, g, k, q):
+def _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t, row, g, k, q, keep):
     for c in range(q1.size): q1[c] = q2[c] = 0
     for m in range(a.shape[1]):
         bm, cm, sB, sC = B[i, t, g, m], C[i, t, g, m], _ZERO, _ZERO
@@ -207,7 +208,7 @@ def _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t, row, g
             sC += gs[q, c]*h[q + 1, m, c]
             sB += v*x[q, c]
             e = v*a[q, m, c]
-            p = e*h[q, m, c]
+            p = e*(h[q, m, c] if keep > _ZERO else _ZERO)
             q1[c] += p*A[k, m, c]
             q2[c] += v*bm
             dA[m, c] += p*step[q, c]
@@ -215,9 +216,9 @@ def _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t, row, g
         dB[r, i, row, g, m] += sB
         dC[r, i, row, g, m] += sC
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #b174cf2f
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #c5921f97
 @_inner
-def _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW, q1, q2, dB, dC, r, i, t, row, g, k, q):
+def _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW, q1, q2, dB, dC, r, i, t, row, g, k, q, keep):
     for c in range(q1.size): q1[c] = q2[c] = 0
     for m in range(a.shape[1]):
         bm, cm, sB, sC = B[i, t, g, m], C[i, t, g, m], _ZERO, _ZERO
@@ -228,7 +229,7 @@ def _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW, q1, q2, dB, dC, r, i, 
             dW[m, c] += gs[q, c]*cm*h[q + 1, m, c]
             sB += v*x[q, c]
             e = v*a[q, m, c]
-            p = e*h[q, m, c]
+            p = e*(h[q, m, c] if keep > _ZERO else _ZERO)
             q1[c] += p*A[k, m, c]
             q2[c] += v*bm
             dA[m, c] += p*step[q, c]
@@ -236,7 +237,7 @@ def _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW, q1, q2, dB, dC, r, i, 
         dB[r, i, row, g, m] += sB
         dC[r, i, row, g, m] += sC
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #5b4e1f82
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #0a65e227
 @_inner
 def _finish(gs, q1, q2, us, step, slope, D, dD, dbias, k, q): # gs: gradient of y -> du; step -> ddelta
     for c in range(q1.size):
@@ -256,8 +257,9 @@ def _retreat_tile(inputs, W, tiles, states, grads, dW, small, r, i, k, g, t0, si
     dD, dbias = small[0][i, k], small[1][i, k]
     for n in range(size):
         q = size - 1 - n
-        if W is not None: _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW[i, k], q1, q2, dB, dC, r, i, t0 + q, t0 + q - first, g, k, q)
-        else: _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t0 + q, t0 + q - first, g, k, q)
+        keep = _ZERO if seq.size > 0 and t0 + q > 0 and seq[i, t0 + q] != seq[i, t0 + q - 1] else _ONE
+        if W is not None: _retreat_w(h, a, A, W, step, x, B, C, gs, dh, dA, dW[i, k], q1, q2, dB, dC, r, i, t0 + q, t0 + q - first, g, k, q, keep)
+        else: _retreat(h, a, A, step, x, B, C, gs, dh, dA, q1, q2, dB, dC, r, i, t0 + q, t0 + q - first, g, k, q, keep)
         _finish(gs, q1, q2, us, step, slope, D, dD, dbias, k, q)
 
 # %% ../../nbs/2_scan/23_cpu_kernel.ipynb #c4558f42
@@ -306,7 +308,7 @@ def _backward(inputs, W, sizes, saved, dy, du, ddelta, dz, grads, dW, small, fir
             for k in range(r*per_range, min(blocks, (r + 1)*per_range)):
                 _tile_back(inputs, W, sizes, saved, dy, du, ddelta, dz, grads, dW, small, tiles, states, i, r, j, k, d*per_group//blocks, first*every)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #8b7b0d8d
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3fa30248
 @lru_cache(None)
 def _kernels(fixed) -> tuple: # forward, backward; without W, numba drops what only W needs
     f = lambda n, order="A": types.Array(types.float32, n, order)
@@ -318,8 +320,8 @@ def _kernels(fixed) -> tuple: # forward, backward; without W, numba drops what o
     backward = types.void(inputs, W, sizes, c5, a3, a3, a3, a3, types.Tuple((c5, c5, c4, c4)), dW, types.Tuple((c3, c3)), I, I, I, I)
     def compiled(function, signature):
         how = dict(fastmath=_FAST, nogil=True, error_model="numpy")
-        try: return njit(signature, cache=True, **how)(function)
-        except RuntimeError: return njit(signature, **how)(function) # nowhere to keep it
+        try: return njit(signature, cache=__name__ != "__main__", **how)(function) # in a notebook an edited cell must count
+        except (RuntimeError, OSError): return njit(signature, **how)(function) # nowhere to keep it
     return compiled(_forward, forward), compiled(_backward, backward)
 
 _POOLS = {}
@@ -377,7 +379,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus, save):
     chunks = (u.shape[0], plan["blocks"], -(-u.shape[2]//plan["every"]), A.shape[1], plan["width"])
     return torch.empty_like(u), u.new_empty(u.shape[0], *A.shape), u.new_empty(chunks if save else (0,)*5)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #f7f1af79
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3d2dcc37
 @torch.library.custom_op("hsi_mamba_nb::selective_scan_numba_backward", mutates_args=(), device_types="cpu")
 def _scan_back(dy:Tensor, dlast:Tensor|None, saved:Tensor, u:Tensor, delta:Tensor, A:Tensor, B:Tensor, C:Tensor, D:Tensor|None, z:Tensor|None,
                delta_bias:Tensor|None, W:Tensor|None, seq_idx:Tensor|None, softplus:bool) -> list[Tensor]: # of u, delta, A, B, C, D, z, delta_bias, W
@@ -397,7 +399,7 @@ def _scan_back(dy:Tensor, dlast:Tensor|None, saved:Tensor, u:Tensor, delta:Tenso
         _spread(_kernels(W is not None)[1], b*plan["ranges"], *given, saved.numpy(), *(x.detach().transpose(1, 2).numpy() for x in (dy, du, ddelta, dz)),
                 (parts[0], parts[1], dh, dA), dW, small, first, last)
         dB[:, t0:t1], dC[:, t0:t1] = torch.from_numpy(parts.sum(1)) # the ranges in their fixed order
-    of = lambda x: _from_blocks(x, d, groups).sum(0) # over the batch
+    of = lambda x: _from_blocks(x.sum(0, keepdims=True, dtype=np.float64).astype(_F), d, groups)[0] # over the batch, in one order
     return [du, ddelta, of(dA).T.contiguous(), dB.permute(0, 2, 3, 1), dC.permute(0, 2, 3, 1), of(small[0][:, :, None])[0], dz, of(small[1][:, :, None])[0],
             of(dW).T.contiguous() if W is not None else torch.empty(0)]
 
@@ -427,7 +429,7 @@ def _no_second(ctx, *_): raise InputError("selective_scan: the numba backend has
 _scan_op.register_autograd(_gradient, setup_context=_remember)
 _scan_back.register_autograd(_no_second, setup_context=lambda ctx, inputs, output: None)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #4f53fd2e
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #b68731b8
 def selective_scan_numba(
     u:Tensor, # (b,d,l) input on the CPU; float32 is computed in, whatever the dtype
     delta:Tensor, # (b,d,l) step, before bias and softplus
@@ -441,15 +443,18 @@ def selective_scan_numba(
     return_last_state:bool = False, # also return the state after the last step
     seq_idx:Tensor|None = None, # (b,l) the state is reset where it changes
 ): # y (b,d,l) in u's dtype, and with return_last_state the state (b,d,n) in float32
-    "The selective scan, compiled for the CPU: forward, backward, no state in memory."
+    "The selective scan, compiled for the CPU; for the backward pass one state in 16 to 128 is kept, without gradients none."
     b, d, l, n, _ = check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, seq_idx)
     if u.device.type != "cpu": raise InputError(f"selective_scan: the numba backend runs on the CPU, u is on {u.device}; use backend='torch'")
+    tensors = [x for x in (u, delta, A, B, C, D, z, delta_bias) if x is not None]
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in tensors):
+        raise InputError("selective_scan: the numba backend has no forward-mode derivative; use backend='ref'")
     f = lambda x: x if x is None else x.float()
     groups = max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
     fixed = [f(x) for x in (B, C) if x.ndim == 2]
     W = None if not fixed else fixed[0] if len(fixed) == 1 else fixed[0]*fixed[1] # constants are read with the state
     full = lambda x: torch.ones(1).expand(b, groups, n, l) if x.ndim == 2 else f(x if x.ndim == 4 else x[:, None])
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, delta_bias))
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     y, last, _ = _scan_op(f(u), f(delta), f(A), full(B), full(C), f(D), f(z), f(delta_bias), W, seq_idx, delta_softplus, save)
     if B.ndim == 2: last = last*f(B)
     return (y.to(u.dtype), last) if return_last_state else y.to(u.dtype)

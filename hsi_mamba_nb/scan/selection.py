@@ -60,7 +60,7 @@ def _check_tensor(name:str, x, device) -> None:
     elif not x.is_floating_point(): raise InputError(f"{name}: expected floating-point numbers, got {x.dtype}")
     if x.device != device: raise InputError(f"{name}: expected on {device}, where u is, got it on {x.device}; move it with .to(u.device)")
 
-# %% ../../nbs/2_scan/21_selection.ipynb #1498b7d5
+# %% ../../nbs/2_scan/21_selection.ipynb #46497071
 def check_scan_inputs(
     u:Tensor, # (b,d,l) input of the scan, l >= 1
     delta:Tensor, # (b,d,l) step
@@ -77,7 +77,7 @@ def check_scan_inputs(
     for name, x in given.items():
         if x is not None or name in ("u", "delta", "A", "B", "C"): _check_tensor(name, x, getattr(u, "device", None))
     shape = {name: tuple(x.shape) for name, x in given.items() if x is not None}
-    if u.ndim != 3 or u.shape[2] < 1: raise InputError(f"u: expected (b,d,l) with l >= 1, got {shape['u']}")
+    if u.ndim != 3 or min(u.shape[1:]) < 1: raise InputError(f"u: expected (b,d,l) with d and l >= 1, got {shape['u']}")
     b, d, l = shape["u"]
     if A.ndim != 2 or len(A) != d or A.shape[1] < 1: raise InputError(f"A: expected (d,n) with d = {d} and n >= 1, got {shape['A']}")
     n, groups = A.shape[1], {name: shape[name][1] if len(shape[name]) == 4 else 1 for name in "BC" if len(shape[name]) != 2}
@@ -129,7 +129,7 @@ def selective_scan_ref(
         if z is not None: y = y*F.silu(z.to(kind))
     return (y.to(u.dtype), h) if return_last_state else y.to(u.dtype)
 
-# %% ../../nbs/2_scan/21_selection.ipynb #959be5cd
+# %% ../../nbs/2_scan/21_selection.ipynb #9dc1540c
 def scan_matrix(
     delta:Tensor, # (b,d,l) step, positive already
     A:Tensor, # (d,n) real rates
@@ -138,7 +138,7 @@ def scan_matrix(
 ) -> Tensor: # (b,d,l,l): weight of input s in output t, of delta's dtype
     "The matrix M with y = M u; it holds b d n l l numbers on the way, so for small l."
     if not isinstance(delta, Tensor) or not delta.is_floating_point() or delta.ndim != 3 or delta.shape[2] < 1:
-        raise InputError(f"delta: expected floating-point numbers (b,d,l) with l >= 1, got {tuple(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__}")
+        raise InputError(f"delta: expected floating-point numbers (b,d,l) with d and l >= 1, got {tuple(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__}")
     b, d, l, n, _ = check_scan_inputs(delta, delta, A, B, C)
     kind = torch.float64 if delta.dtype == torch.float64 else torch.float32
     with torch.autocast(delta.device.type, enabled=False):

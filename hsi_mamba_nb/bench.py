@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from hsi_mamba_nb.errors import InputError
 from hsi_mamba_nb.files import write_file
 from hsi_mamba_nb.scan.backends import available_backends, selective_scan
 
@@ -132,6 +133,8 @@ def bench_scan(
     progress: bool = True,
 ) -> dict:
     "Forward and backward of the selective scan: every backend, the loop and mambapy, on patches, sequences and images; growth, memory, compile time."
+    if repeats < 1:
+        raise InputError(f"--repeats {repeats}: at least 1 round is needed, beside the first, which compiles")
     shapes = QUICK if quick else SHAPES
     result = dict(command="hsi-mamba bench scan" + (" --quick" if quick else ""), machine=machine(), rows=[])
     with tqdm(total=len(shapes)*(repeats + 1)*(2*len(_contenders()) - 1), desc="bench scan", unit="run", disable=None if progress else True) as bar:

@@ -181,6 +181,8 @@ def map_(args):
 
 def bench(args):
     from hsi_mamba_nb.bench import bench_scan, save, table
+    if args.json and Path(args.json).is_dir():  # before the work, not after it
+        raise InputError(f"{args.json}: is a folder; name a file in it")
     result = bench_scan(args.quick, args.repeats)
     print(table(result))
     if args.json:

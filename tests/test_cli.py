@@ -110,6 +110,8 @@ REFUSED = [
     (["fetch", "synthetic"], "synthetic", "needs no download"),
     (["fetch", "houston-2013"], "houston-2013", "IEEE"),
     (["fetch", "pavia"], "pavia", "pavia-u"),
+    (["bench", "scan", "--repeats", "0"], "--repeats 0", "at least 1"),
+    (["bench", "scan", "--json", "."], ".", "name a file in it"),
     (["nonsense"], "nonsense", "demo"),
 ]
 

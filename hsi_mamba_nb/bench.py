@@ -136,7 +136,7 @@ def bench_scan(
     if repeats < 1:
         raise InputError(f"--repeats {repeats}: at least 1 round is needed, beside the first, which compiles")
     shapes = QUICK if quick else SHAPES
-    result = dict(command="hsi-mamba bench scan" + (" --quick" if quick else ""), machine=machine(), rows=[])
+    result = dict(command="hsi-mamba bench scan" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3), machine=machine(), rows=[])
     with tqdm(total=len(shapes)*(repeats + 1)*(2*len(_contenders()) - 1), desc="bench scan", unit="run", disable=None if progress else True) as bar:
         for shape in shapes:
             result["rows"] += _shape(*shape, repeats, bar)

@@ -209,6 +209,22 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(runs[0][k], other[k]) for other in runs[1:] for k in runs[0])
 
 
+def test_a_pool_of_our_own_does_what_torchs_threads_do(monkeypatch):
+    from hsi_mamba_nb.scan import cpu_kernel
+    x, rest = case(60, b=3, d=400, n=16, **OPTIONS["all"])
+    before, runs = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        runs.append(run("numba", x, rest, torch.float32))
+        with pytest.raises(ZeroDivisionError): cpu_kernel._spread(lambda lo, hi: lo//0, 4)
+        monkeypatch.setattr(cpu_kernel, "_TEAM", [])
+        runs.append(run("numba", x, rest, torch.float32))
+        with pytest.raises(ZeroDivisionError): cpu_kernel._spread(lambda lo, hi: lo//0, 4)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+
+
 def test_a_forked_process_has_threads_of_its_own():
     if not hasattr(os, "fork"): pytest.skip("no fork here")
     code = ("import os, torch\nfrom hsi_mamba_nb.scan import selective_scan\ntorch.set_num_threads(2)\nx = torch.ones(4, 40, 9)\n"

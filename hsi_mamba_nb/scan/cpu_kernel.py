@@ -7,10 +7,12 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/2_scan/cpu_kernel.html.md"""
 # %% auto #0
 __all__ = ['fit_series', 'plan_blocks', 'selective_scan_numba']
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #1cadb14a
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #5214edef
+import ctypes
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -308,7 +310,7 @@ def _backward(inputs, W, sizes, saved, dy, du, ddelta, dz, grads, dW, small, fir
             for k in range(r*per_range, min(blocks, (r + 1)*per_range)):
                 _tile_back(inputs, W, sizes, saved, dy, du, ddelta, dz, grads, dW, small, tiles, states, i, r, j, k, d*per_group//blocks, first*every)
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3fa30248
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #1bd5bcda
 @lru_cache(None)
 def _kernels(fixed) -> tuple: # forward, backward; without W, numba drops what only W needs
     f = lambda n, order="A": types.Array(types.float32, n, order)
@@ -324,15 +326,29 @@ def _kernels(fixed) -> tuple: # forward, backward; without W, numba drops what o
         except (RuntimeError, OSError): return njit(signature, **how)(function) # nowhere to keep it
     return compiled(_forward, forward), compiled(_backward, backward)
 
-_POOLS = {}
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_POOLS.clear) # threads do not live on in a fork
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #cddcd422
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_POOLS, _TEAM = {}, []
+with suppress(AttributeError, TypeError, OSError): # not to be had
+    _TEAM.append(ctypes.CFUNCTYPE(None, _BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(("GOMP_parallel", ctypes.CDLL(None))))
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=lambda: (_POOLS.clear(), _TEAM.clear())) # threads do not live on in a fork
 
 def _spread(kernel, tasks, *args): # run tasks 0..tasks on as many threads as torch uses
     threads = min(torch.get_num_threads(), tasks)
     if threads < 2: return kernel(*args, 0, tasks)
+    pieces, failed = min(tasks, 2*threads), []
+    todo = iter([(tasks*k//pieces, tasks*(k + 1)//pieces) for k in range(pieces)]) # two each, as a core may be busy with something else
+    def work(_=None):
+        try:
+            for lo, hi in todo: kernel(*args, lo, hi) # the kernel runs without Python's lock
+        except BaseException as e: failed.append(e) # C, our caller, knows no exceptions
+    if _TEAM: _TEAM[0](_BODY(work), None, threads, 0)
+    else: _own_threads(work, threads)
+    if failed: raise failed[0]
+
+def _own_threads(work, threads):
     if threads not in _POOLS: _POOLS[threads] = ThreadPoolExecutor(threads)
-    cuts = [tasks*n//threads for n in range(threads + 1)]
-    for done in [_POOLS[threads].submit(kernel, *args, lo, hi) for lo, hi in zip(cuts, cuts[1:])]: done.result()
+    for done in [_POOLS[threads].submit(work) for _ in range(threads)]: done.result()
 
 # %% ../../nbs/2_scan/23_cpu_kernel.ipynb #3bbb020b
 _NONE = np.empty((0, 0, 0), _F) # no gate

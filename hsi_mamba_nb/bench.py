@@ -17,7 +17,7 @@ from hsi_mamba_nb.errors import InputError
 from hsi_mamba_nb.files import write_file
 from hsi_mamba_nb.scan.backends import available_backends, selective_scan
 
-__all__ = ["bench_scan", "machine", "table"]
+__all__ = ["bench_block", "bench_scan", "machine", "table", "table_block"]
 
 SHAPES = [("patches", 64, 49, 512, 16), ("patches", 512, 81, 128, 16), ("sequences", 4, 1024, 256, 16), ("sequences", 16, 1024, 128, 16), ("image", 1, 16_384, 128, 16)]
 QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
@@ -48,21 +48,22 @@ def _version(package):
         return None
 
 
-def machine() -> dict:
+def machine(device: str = "cpu") -> dict:
     "What the numbers were measured on."
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "") \
         if Path("/proc/cpuinfo").exists() else platform.processor()
     return dict(date=date.today().isoformat(), cpu=cpu or platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(),
-                python=platform.python_version(), **{p: _version(p) for p in ("torch", "numba", "mambapy")})
+                python=platform.python_version(), **{p: _version(p) for p in ("torch", "numba", "mambapy", *(("triton", "mamba-ssm") if device == "cuda" else ()))},
+                **(dict(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda) if device == "cuda" else {}))
 
 
-def make(b: int, l: int, d: int, n: int, contiguous: bool) -> list:
+def make(b: int, l: int, d: int, n: int, contiguous: bool, device: str = "cpu") -> list:
     "Leaves of a scan: u, delta, A, B, C, D as (b,d,l), contiguous or as transposed views of (b,l,d) storage, as a Mamba block makes them."
     g = torch.Generator().manual_seed(0)
     turn = (lambda x: x.transpose(1, 2).contiguous()) if contiguous else (lambda x: x.transpose(1, 2))
     x = [turn(torch.randn(b, l, d, generator=g)), turn(torch.rand(b, l, d, generator=g).mul_(.1)), -torch.arange(1., n + 1).repeat(d, 1),
          turn(torch.randn(b, l, n, generator=g)), turn(torch.randn(b, l, n, generator=g)), torch.ones(d)]
-    return [v.requires_grad_() for v in x]
+    return [v.to(device).requires_grad_() for v in x]  # keeps strides
 
 
 def _mambapy(u, delta, A, B, C, D):
@@ -79,6 +80,8 @@ def once(name: str, x: list) -> None:
     y.sum().backward()
     for v in x:
         v.grad = None
+    if x[0].is_cuda:
+        torch.cuda.synchronize()
 
 
 def peak_memory() -> float:
@@ -106,17 +109,30 @@ def _child(code, *args, **env) -> float | None:
     return round(value, 2) if value == value else None
 
 
-def _contenders():
-    return [name for name in (*reversed(available_backends()), "mambapy") if name != "mambapy" or _version("mambapy")]
+def _contenders(device):
+    there = {"cpu": {"numba", "torch", "ref"}, "cuda": {"triton", "mamba_ssm", "torch", "ref"}}[device] & set(available_backends())
+    return [*(name for name in ("numba", "triton", "mamba_ssm", "torch", "ref") if name in there), *["mambapy"]*bool(_version("mambapy"))]
 
 
-def _shape(kind, b, l, d, n, repeats, bar) -> list:
-    "All contenders on one shape and torch.exp over its elements, in turns, so that a busy minute hits all alike."
-    rows = [(name, contiguous, make(b, l, d, n, contiguous)) for name in _contenders() for contiguous in (False, True) if not (contiguous and name == "ref")]
-    times, floor = {(name, contiguous): [] for name, contiguous, _ in rows}, []
-    source, target = torch.rand(b*l*d*n), torch.empty(b*l*d*n)
+def _floor(b, l, d, n, device):
+    "What no scan can be faster than: on a CPU one exponential an element, on a GPU u, delta, B, C and y moved once."
+    source = torch.rand(b*l*d*n if device == "cpu" else b*l*(3*d + 2*n)//2, device=device)
+    target = torch.empty_like(source)
+
+    def go():
+        if device == "cpu":
+            return torch.exp(source, out=target)
+        target.copy_(source)  # half is read, half is written
+        torch.cuda.synchronize()
+    return go
+
+
+def _shape(kind, b, l, d, n, repeats, bar, device) -> list:
+    "All contenders and the floor on one shape, in turns, so that a busy minute hits all alike."
+    rows = [(name, contiguous, make(b, l, d, n, contiguous, device)) for name in _contenders(device) for contiguous in (False, True) if not (contiguous and name == "ref")]
+    times, floor, least = {(name, contiguous): [] for name, contiguous, _ in rows}, [], _floor(b, l, d, n, device)
     for _ in range(repeats + 1):  # the first compiles and warms
-        floor.append(_time(lambda: torch.exp(source, out=target)))
+        floor.append(_time(least))
         for name, contiguous, x in rows:
             bar.set_postfix_str(f"{b}x{l}x{d}x{n} {name}")
             times[name, contiguous].append(_time(lambda: once(name, x)))
@@ -124,22 +140,36 @@ def _shape(kind, b, l, d, n, repeats, bar) -> list:
     medians, floor = {key: statistics.median(t[1:]) for key, t in times.items()}, statistics.median(floor[1:])
     return [dict(kind=kind, shape=[b, l, d, n], backend=name, layout="(b,d,l)" if contiguous else "(b,l,d)", seconds=round(t, 6), ns_per_element=round(t/(b*l*d*n)*1e9, 3),
                  times_mambapy=round(medians["mambapy", contiguous]/t, 1) if ("mambapy", contiguous) in medians else None,
-                 times_loop=round(medians["ref", False]/t, 1), of_exp_floor=round(t/floor, 2)) for (name, contiguous), t in medians.items()]
+                 times_mamba_ssm=round(medians["mamba_ssm", contiguous]/t, 2) if ("mamba_ssm", contiguous) in medians else None,
+                 times_loop=round(medians["ref", False]/t, 1), of_floor=round(t/floor, 2)) for (name, contiguous), t in medians.items()]
 
 
 def bench_scan(
     quick: bool = False,  # two small shapes, to see that it runs
     repeats: int = 3,  # rounds, of which the median counts
     progress: bool = True,
+    device: str = "cpu",  # or "cuda"
 ) -> dict:
-    "Forward and backward of the selective scan: every backend, the loop and mambapy, on patches, sequences and images; growth, memory, compile time."
+    "Forward and backward of the selective scan: every backend, the loop and mambapy, on patches, sequences and images; on a CPU also growth, memory, compile time."
+    _check(repeats, device)
+    shapes = QUICK if quick else SHAPES
+    result = dict(command="hsi-mamba bench scan" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3) + f" --device {device}"*(device != "cpu"), machine=machine(device), rows=[])
+    with tqdm(total=len(shapes)*(repeats + 1)*(2*len(_contenders(device)) - 1), desc="bench scan", unit="run", disable=None if progress else True) as bar:
+        for shape in shapes:
+            result["rows"] += _shape(*shape, repeats, bar, device)
+    return result if device == "cuda" else result | _long_ones(quick)
+
+
+def _check(repeats, device):
     if repeats < 1:
         raise InputError(f"--repeats {repeats}: at least 1 round is needed, beside the first, which compiles")
-    shapes = QUICK if quick else SHAPES
-    result = dict(command="hsi-mamba bench scan" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3), machine=machine(), rows=[])
-    with tqdm(total=len(shapes)*(repeats + 1)*(2*len(_contenders()) - 1), desc="bench scan", unit="run", disable=None if progress else True) as bar:
-        for shape in shapes:
-            result["rows"] += _shape(*shape, repeats, bar)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here; leave it out to time the CPU")
+
+
+def _long_ones(quick) -> dict:
+    "How time grows with length, peak memory on the longest sequence, and the first compilation."
+    result = {}
     lengths = [1000*2**k for k in range(4 if quick else 8)] + ([] if quick else [100_000, 200_000])
     grow = {}
     for l in lengths:
@@ -162,19 +192,63 @@ def _compile_seconds() -> float | None:
         return _child(COMPILE, NUMBA_CACHE_DIR=empty)
 
 
+def _head(result) -> list:
+    m = result["machine"]
+    return [", ".join([m[k] for k in ("gpu",) if k in m] + [m["cpu"], f"{m['cores']} cores", f"{m['threads']} threads; "])
+            + ", ".join(f"{p} {m[p] or 'not installed'}" for p in ("torch", "numba", "triton", "mamba-ssm", "mambapy") if p in m) + f"; {m['date']}"]
+
+
 def table(result: dict) -> str:
     "The result for people."
-    m = result["machine"]
-    lines = [f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads; torch {m['torch']}, numba {m['numba']}, mambapy {m['mambapy'] or 'not installed'}; {m['date']}",
-             "forward + backward, float32, b x l x d x n; ratios in one run, > 1 is faster than the other", "",
-             f"{'shape':<22}{'storage':<10}{'backend':<9}{'ms':>10}{'x mambapy':>11}{'x loop':>9}{'of exp':>8}"]
+    lines = [*_head(result), "forward + backward, float32, b x l x d x n; ratios in one run, > 1 is faster than the other", "",
+             f"{'shape':<22}{'storage':<10}{'backend':<11}{'ms':>10}{'x mambapy':>11}{'x loop':>9}{'of floor':>10}"]
     for r in result["rows"]:
-        lines.append(f"{'x'.join(map(str, r['shape'])):<22}{r['layout']:<10}{r['backend']:<9}{1e3*r['seconds']:>10.1f}"
-                     f"{r['times_mambapy'] or '-':>11}{r['times_loop']:>9}{r['of_exp_floor']:>8}")
-    growth = [g["times_half"] for g in result["growth"] if g["times_half"]]
-    w = result["whole"]
-    return "\n".join(lines + ["", f"doubling the length: {min(growth)} to {max(growth)} times the time, from {result['growth'][0]['length']:,} to {result['growth'][-1]['length']:,} steps",
-                              f"{'x'.join(map(str, w['shape']))}: {w['seconds']} s, peak memory beyond its inputs {w['peak_memory_over_u'] or '?'} times u; first compilation {result['compile_seconds'] or '?'} s"])
+        lines.append(f"{'x'.join(map(str, r['shape'])):<22}{r['layout']:<10}{r['backend']:<11}{1e3*r['seconds']:>10.1f}"
+                     f"{r['times_mambapy'] or '-':>11}{r['times_loop']:>9}{r['of_floor']:>10}" + (f"  {r['times_mamba_ssm']} x mamba_ssm" if r.get("times_mamba_ssm") else ""))
+    if "whole" in result:
+        growth = [g["times_half"] for g in result["growth"] if g["times_half"]]
+        w = result["whole"]
+        lines += ["", f"doubling the length: {min(growth)} to {max(growth)} times the time, from {result['growth'][0]['length']:,} to {result['growth'][-1]['length']:,} steps",
+                  f"{'x'.join(map(str, w['shape']))}: {w['seconds']} s, peak memory beyond its inputs {w['peak_memory_over_u'] or '?'} times u; first compilation {result['compile_seconds'] or '?'} s"]
+    return "\n".join(lines)
+
+
+def bench_block(
+    quick: bool = False,  # a small block, to see that it runs
+    repeats: int = 3,  # rounds of 5, of which the median counts
+    progress: bool = True,
+    device: str = "cpu",  # or "cuda"
+) -> dict:
+    "Forward and backward of a Mamba block (d_model 128, 49 steps, batch 64) beside mambapy's with the same weights, where that is installed."
+    from hsi_mamba_nb.scan.mamba_block import Mamba
+    _check(repeats, device)
+    b, l, d = (4, 9, 16) if quick else (64, 49, 128)
+    torch.manual_seed(0)
+    blocks = dict(ours=Mamba(d).to(device))
+    if _version("mambapy"):
+        from mambapy.mamba import MambaBlock, MambaConfig
+        blocks["mambapy"] = MambaBlock(MambaConfig(d_model=d, n_layers=1)).to(device)
+        blocks["mambapy"].load_state_dict(blocks["ours"].state_dict())
+    x = torch.randn(b, l, d, device=device, requires_grad=True)
+
+    def go(block):
+        block.zero_grad(set_to_none=True)
+        block(x).sum().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    times = {name: [] for name in blocks}
+    for _ in tqdm(range(5*repeats + 1), desc="bench block", unit="round", disable=None if progress else True):  # the first compiles and warms
+        for name, block in blocks.items():
+            times[name].append(_time(lambda: go(block)))
+    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+    return dict(command="hsi-mamba bench block" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3) + f" --device {device}"*(device != "cpu"), machine=machine(device),
+                shape=[b, l, d], rows=[dict(block=name, seconds=round(t, 6), times_mambapy=round(medians["mambapy"]/t, 1) if "mambapy" in medians else None) for name, t in medians.items()])
+
+
+def table_block(result: dict) -> str:
+    "The result for people."
+    return "\n".join([*_head(result), f"Mamba block, forward + backward, float32, batch x length x d_model {' x '.join(map(str, result['shape']))}", "",
+                      *(f"{r['block']:<10}{1e3*r['seconds']:>10.1f} ms{r['times_mambapy'] or '-':>9} x mambapy" for r in result["rows"])])
 
 
 def save(result: dict, path) -> Path:

@@ -180,13 +180,14 @@ def map_(args):
 
 
 def bench(args):
-    from hsi_mamba_nb.bench import bench_scan, save, table
+    from hsi_mamba_nb import bench as b
     if args.json and Path(args.json).is_dir():  # before the work, not after it
         raise InputError(f"{args.json}: is a folder; name a file in it")
-    result = bench_scan(args.quick, args.repeats)
-    print(table(result))
+    measure, show = {"scan": (b.bench_scan, b.table), "block": (b.bench_block, b.table_block)}[args.what]
+    result = measure(args.quick, args.repeats, device=args.device)
+    print(show(result))
     if args.json:
-        print(f"wrote {save(result, args.json)}")
+        print(f"wrote {b.save(result, args.json)}")
 
 
 def doctor(args):
@@ -277,8 +278,9 @@ def _parser():
     c.add_argument("--out", required=True, metavar="FILE", help=".png (map with legend), .tif (GeoTIFF, on the ground) or .npy (class numbers)")
     _add_scene(c, optional=True)
 
-    c = command("bench", bench, "time the selective scan: every backend beside a loop and mambapy, in one run")
-    c.add_argument("what", choices=("scan",), help="what to time")
+    c = command("bench", bench, "time the selective scan or a Mamba block beside others' in one run")
+    c.add_argument("what", choices=("scan", "block"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights")
+    c.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to time on (default: cpu); on a GPU mamba_ssm is timed too, where installed")
     c.add_argument("--json", metavar="FILE", help="also write the numbers")
     c.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts (default: 3)")
     c.add_argument("--quick", action="store_true", help="two small shapes, to see that it runs")

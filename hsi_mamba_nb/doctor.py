@@ -52,15 +52,20 @@ def _scans() -> list:
     err = float((got - want).abs().max()/want.abs().max())
     rows = [("ok", "ref", "the loop", "the oracle of every other form"),
             ("ok" if err < 1e-5 else "WRONG", "convolution", f"error {err:.0e}", "time-invariant SSM as a Toeplitz product")]
-    from hsi_mamba_nb.scan.backends import available_backends, selective_scan
+    from hsi_mamba_nb.scan.backends import available_backends, selective_scan, why_not_triton
     u, delta = torch.randn(2, 3, 40, generator=g), torch.rand(2, 3, 40, generator=g)
     args = u, delta, -torch.rand(3, 4, generator=g), torch.randn(2, 4, 40, generator=g), torch.randn(2, 4, 40, generator=g)
     want = selective_scan(*args, backend="ref")
-    about = {"torch": "selective scan in chunks, any device", "numba": "selective scan compiled for the CPU; the first call ever compiles"}
+    about = {"torch": "selective scan in chunks, any device", "numba": "selective scan compiled for the CPU; the first call ever compiles",
+             "triton": "selective scan on the GPU", "mamba_ssm": "the authors' selective scan"}
+    gpu = torch.cuda.is_available()
     for name in available_backends():
         if name != "ref":
-            err = float((selective_scan(*args, backend=name) - want).norm()/want.norm())
-            rows.append(("ok" if err < 1e-5 else "WRONG", name, f"error {err:.0e}", about.get(name, "selective scan")))
+            x = [v.cuda() for v in args] if gpu and name in ("triton", "mamba_ssm") else args
+            err = float((selective_scan(*x, backend=name).cpu() - want).norm()/want.norm())
+            rows.append(("ok" if err < 1e-5 else "WRONG", name, f"error {err:.0e}", about[name]))
+    if "triton" not in available_backends():
+        rows.append(("none", "triton", "", "selective scan on the GPU: " + (why_not_triton(torch.cuda.current_device()) if gpu else "no GPU here")))
     return rows
 
 

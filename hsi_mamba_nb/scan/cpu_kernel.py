@@ -7,7 +7,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/2_scan/cpu_kernel.html.md"""
 # %% auto #0
 __all__ = ['fit_series', 'plan_blocks', 'selective_scan_numba']
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #5214edef
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #44c1d437
 import ctypes
 import math
 import os
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numba import njit, types
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from ..errors import InputError
+from .operator import differentiable, through
 from .selection import check_scan_inputs
 
 # %% ../../nbs/2_scan/23_cpu_kernel.ipynb #59d79059
@@ -425,27 +425,10 @@ def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplu
     return [torch.empty_like(u), torch.empty_like(delta), torch.empty_like(A), swapped(B), swapped(C), u.new_empty(d), torch.empty_like(u if z is None else z), u.new_empty(d),
             torch.empty_like(A) if W is not None else u.new_empty(0)]
 
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #be029e13
-def _remember(ctx, inputs, output):
-    *tensors, softplus, save = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-    ctx.softplus = softplus
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #f6b17dd8
+differentiable(_scan_op, _scan_back, "numba")
 
-def _gradient(ctx, dy, dlast, dsaved):
-    u, delta, A, B, C, D, z, delta_bias, W, seq_idx, saved = ctx.saved_tensors
-    if dy is None: dy = torch.zeros((), dtype=u.dtype).expand(u.shape)
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dW = _scan_back(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, W, seq_idx, ctx.softplus)
-    given = lambda x, grad: None if x is None else grad
-    return du, ddelta, dA, dB, dC, given(D, dD), given(z, dz), given(delta_bias, dbias), given(W, dW), None, None, None
-
-def _no_second(ctx, *_): raise InputError("selective_scan: the numba backend has no second derivative; use backend='ref' or 'torch'")
-
-_scan_op.register_autograd(_gradient, setup_context=_remember)
-_scan_back.register_autograd(_no_second, setup_context=lambda ctx, inputs, output: None)
-
-# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #b68731b8
+# %% ../../nbs/2_scan/23_cpu_kernel.ipynb #2c07f110
 def selective_scan_numba(
     u:Tensor, # (b,d,l) input on the CPU; float32 is computed in, whatever the dtype
     delta:Tensor, # (b,d,l) step, before bias and softplus
@@ -460,17 +443,6 @@ def selective_scan_numba(
     seq_idx:Tensor|None = None, # (b,l) the state is reset where it changes
 ): # y (b,d,l) in u's dtype, and with return_last_state the state (b,d,n) in float32
     "The selective scan, compiled for the CPU; for the backward pass one state in 16 to 128 is kept, without gradients none."
-    b, d, l, n, _ = check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, seq_idx)
+    check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, seq_idx)
     if u.device.type != "cpu": raise InputError(f"selective_scan: the numba backend runs on the CPU, u is on {u.device}; use backend='torch'")
-    tensors = [x for x in (u, delta, A, B, C, D, z, delta_bias) if x is not None]
-    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in tensors):
-        raise InputError("selective_scan: the numba backend has no forward-mode derivative; use backend='ref'")
-    f = lambda x: x if x is None else x.float()
-    groups = max(x.shape[1] if x.ndim == 4 else 1 for x in (B, C))
-    fixed = [f(x) for x in (B, C) if x.ndim == 2]
-    W = None if not fixed else fixed[0] if len(fixed) == 1 else fixed[0]*fixed[1] # constants are read with the state
-    full = lambda x: torch.ones(1).expand(b, groups, n, l) if x.ndim == 2 else f(x if x.ndim == 4 else x[:, None])
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    y, last, _ = _scan_op(f(u), f(delta), f(A), full(B), full(C), f(D), f(z), f(delta_bias), W, seq_idx, delta_softplus, save)
-    if B.ndim == 2: last = last*f(B)
-    return (y.to(u.dtype), last) if return_last_state else y.to(u.dtype)
+    return through(_scan_op, "numba", Tensor.float, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, seq_idx)

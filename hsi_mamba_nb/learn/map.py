@@ -7,7 +7,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/map.html.md"""
 # %% auto #0
 __all__ = ['MAP_SUFFIXES', 'SceneMap', 'predict_map_ref', 'predict_map', 'show_map', 'save_map']
 
-# %% ../../nbs/5_learn/53_map.ipynb #0e30309c
+# %% ../../nbs/5_learn/53_map.ipynb #4ae3e99b
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from ..errors import InputError
 from ..files import write_file
 from .checkpoint import Run
-from .training import check_fits, predict_proba
+from .feed import feed, release
+from .training import _device, check_fits, predict_proba
 from ..scene.patch import PatchDataset, patch_ref
-from ..scene.scene import Scene
+from ..scene.scene import Scene, missing_pixels
 from ..start.notation import class_colours, show_image, show_labels
 
 # %% ../../nbs/5_learn/53_map.ipynb #5b19502e
@@ -50,25 +51,48 @@ def predict_map_ref(
     p = np.stack(p).reshape(h, w, -1)
     return SceneMap((p.argmax(-1) + 1).astype(np.int16), p.max(-1), run.class_names)
 
-# %% ../../nbs/5_learn/53_map.ipynb #097363d6
+# %% ../../nbs/5_learn/53_map.ipynb #54476905
+def _scaled_once(data): # in place: the padded strip is a copy already
+    if getattr(data, "padded", None) is not None and data.scale is not None:
+        data.padded = data.padded.astype(np.float32, copy=False)
+        data.padded -= data.scale.mean
+        data.padded /= data.scale.std
+        data.scale = None
+    return data
+
+def _strips(run, scene, strip): # positions, probabilities (m,k), which hold no data (m,)
+    h, w = scene.shape
+    for top in range(0, h, strip):
+        bottom = min(top + strip, h)
+        data = _scaled_once(feed(run.model, scene.cube, np.arange(top*w, bottom*w), None, run.scale, scene.nodata, rows=(top, bottom)))
+        yield slice(top*w, bottom*w), predict_proba(run, data), data.missing.ravel()
+
+@torch.no_grad()
+def _tiles(run, scene, data): # the same for an image model
+    model = run.model.eval()
+    for x, i, pick in data.chunks(1):
+        yield i, pick(model(x.to(_device(model))).float()).softmax(-1).cpu().numpy(), missing_pixels(np.asarray(scene.cube[data.rows[i], data.cols[i]]), scene.nodata)
+
+# %% ../../nbs/5_learn/53_map.ipynb #c57f658c
 def predict_map(
     run:Run, # trained
     scene:Scene, # labels are not needed; the cube may be memory-mapped
     strip:int = 32, # rows classified at a time; they and a margin are in memory
-    progress:bool = True, # show a bar, one step a strip, where someone watches
+    tile:int = 128, # for image models: side of a tile
+    overlap:int = 32, # for image models: pixels that neighbouring tiles share
+    progress:bool = True, # show a bar, one step a strip or tile, where someone watches
 ) -> SceneMap:
-    "Class and confidence of every pixel, strip by strip; the strip's height changes memory, not the map."
+    "Class and confidence of every pixel, strip by strip; the strip's height changes memory, not the map. Image models answer tile by tile."
     check_fits(run, scene)
     if strip < 1: raise InputError(f"strip must be at least 1 row, got {strip}")
-    (h, w), patch = scene.shape, run.model.patch
-    classes, confidence = np.empty((h, w), np.int16), np.empty((h, w), np.float32)
-    for top in tqdm(range(0, h, strip), desc="map", unit="strip", disable=None if progress else True):
-        bottom = min(top + strip, h)
-        data = PatchDataset(scene.cube, np.arange(top*w, bottom*w), None, patch, run.scale, rows=(top, bottom), nodata=scene.nodata)
-        p = predict_proba(run, data).reshape(bottom - top, w, -1)
-        classes[top:bottom], confidence[top:bottom] = p.argmax(-1) + 1, p.max(-1)
-        classes[top:bottom][data.missing] = confidence[top:bottom][data.missing] = 0
-    return SceneMap(classes, confidence, run.class_names, scene.crs, scene.transform)
+    (h, w), image = scene.shape, run.model.takes == "image"
+    classes, confidence = np.empty(h*w, np.int16), np.empty(h*w, np.float32)
+    data = feed(run.model, scene.cube, np.arange(h*w), None, run.scale, scene.nodata, tile=tile, overlap=overlap) if image else None
+    pieces, total, unit = (_tiles(run, scene, data), len(data), "tile") if image else (_strips(run, scene, strip), -(-h//strip), "strip")
+    for i, p, gone in tqdm(pieces, total=total, unit=unit, desc="map", disable=None if progress else True):
+        classes[i], confidence[i] = np.where(gone, 0, p.argmax(-1) + 1), np.where(gone, 0, p.max(-1))
+        release(scene.cube)
+    return SceneMap(classes.reshape(h, w), confidence.reshape(h, w), run.class_names, scene.crs, scene.transform)
 
 # %% ../../nbs/5_learn/53_map.ipynb #aed6591f
 def show_map(

@@ -8,7 +8,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/training.html.md"""
 __all__ = ['lr_at', 'batches', 'parameter_groups', 'NonFinite', 'first_nonfinite', 'clip_gradients', 'best_epoch',
            'predict_proba', 'fit', 'check_fits', 'evaluate', 'history_table', 'show_history']
 
-# %% ../../nbs/5_learn/50_training.ipynb #2c104b7b
+# %% ../../nbs/5_learn/50_training.ipynb #c679e0d9
 import math, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .checkpoint import Run, checksum, load_state, plain, save, save_state
+from .feed import chunks, feed
 from ..scene.formats import band_faults
-from ..scene.patch import PatchDataset, Standardizer
+from ..scene.patch import Standardizer
 from ..scene.scene import Scene, missing_pixels
 from ..scene.scores import Scores, confusion_matrix
 from ..scene.split import Split, save_split
@@ -124,18 +125,21 @@ def best_epoch(
     "The epoch to keep: highest validation accuracy, then lowest validation loss, then the earliest."
     return max(range(len(history)), key=lambda i: (history[i]["val_oa"], -history[i]["val_loss"]))
 
-# %% ../../nbs/5_learn/50_training.ipynb #54649b43
+# %% ../../nbs/5_learn/50_training.ipynb #710e5a56
+def _device(model): return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+# %% ../../nbs/5_learn/50_training.ipynb #45ca3d04
 @torch.no_grad()
 def predict_proba(
     run:Run, # its model is put in evaluation mode
-    data:PatchDataset, # patches scaled by run.scale
+    data, # from `feed`: patches, spectra, places or tiles
     batch_size:int = 1024, # bounds memory, changes nothing else
 ) -> np.ndarray: # (n,k) float32, rows sum to 1
     "Class probabilities of every sample, in evaluation mode."
-    model, device = run.model.eval(), next(run.model.parameters()).device
-    if len(data) == 0: return np.empty((0, len(run.class_names)), np.float32)
-    parts = np.array_split(np.arange(len(data)), math.ceil(len(data)/batch_size))
-    return np.concatenate([model(data.batch(i)[0].to(device)).float().softmax(-1).cpu().numpy() for i in parts])
+    model, device = run.model.eval(), _device(run.model)
+    p = np.empty((len(data.rows), len(run.class_names)), np.float32)
+    for x, i, pick in chunks(data, batch_size): p[i] = pick(model(x.to(device)).float()).softmax(-1).cpu().numpy()
+    return p
 
 # %% ../../nbs/5_learn/50_training.ipynb #83398dec
 def _step(accelerator, model, optimizer, x, y, lr, clip, watch) -> tuple: # terms, gradient norm
@@ -154,32 +158,42 @@ def _step(accelerator, model, optimizer, x, y, lr, clip, watch) -> tuple: # term
     split = {f"loss_{k}": v for k, v in terms.items()} if len(terms) > 1 else {}
     return {k: float(torch.as_tensor(v).detach()) for k, v in {"loss": loss, **split}.items()}, norm
 
-# %% ../../nbs/5_learn/50_training.ipynb #66c813e9
+# %% ../../nbs/5_learn/50_training.ipynb #e4836796
+def _order(n, epoch, args) -> tuple: # the batches of an epoch, steps of the whole run
+    order, passes = batches(n, args["batch_size"], (args["seed"], epoch)), 1
+    while len(order) < (args["epoch_steps"] or 1):
+        order += batches(n, args["batch_size"], (args["seed"], epoch, passes))
+        passes += 1
+    return order, args["steps"] or args["epochs"]*len(order)
+
+# %% ../../nbs/5_learn/50_training.ipynb #99224cc6
 def _train_epoch(accelerator, model, optimizer, data, epoch, args) -> dict: # learning rate, mean loss and terms, largest gradient norm
-    "One pass. All randomness comes from (seed, epoch): an epoch can be repeated exactly."
+    "One epoch. All randomness comes from (seed, epoch): an epoch can be repeated exactly."
     torch.manual_seed(int(np.random.SeedSequence((args["seed"], epoch)).generate_state(1)[0]))
     model.train()
-    order = batches(len(data), args["batch_size"], (args["seed"], epoch))
-    total, sums, norms = args["epochs"]*len(order), {}, []
+    order, total = _order(len(data), epoch, args)
+    first, sums, norms = epoch*len(order), {}, []
+    order = order[:total - first]
     for i, index in enumerate(order):
         x, y = (t.to(accelerator.device) for t in data.batch(index))
-        lr = lr_at(epoch*len(order) + i, total, round(args["warmup"]*total), args["lr"])
+        lr = lr_at(first + i, total, round(args["warmup"]*total), args["lr"])
         try: terms, norm = _step(accelerator, model, optimizer, x, y, lr, args["clip"], watch=i == 0)
         except NonFinite as e: raise NonFinite(f"epoch {epoch + 1}, step {i + 1}: not finite: {e}; try a smaller learning rate or full precision") from None
         for name, value in terms.items(): sums[name] = sums.get(name, 0.) + value*len(index)
         norms.append(norm)
-    return dict(lr=lr, **{name: value/len(data) for name, value in sums.items()}, grad_norm=max(norms))
+    return dict(lr=lr, **{name: value/sum(map(len, order)) for name, value in sums.items()}, grad_norm=max(norms))
 
-# %% ../../nbs/5_learn/50_training.ipynb #717e2c8d
+# %% ../../nbs/5_learn/50_training.ipynb #74b14e63
 def _validate(run, data, epoch) -> dict:
     "Overall accuracy and mean cross-entropy on validation pixels."
     p, y = predict_proba(run, data), data.y.numpy() - 1
     if not np.isfinite(p).all():
-        x = data.batch(np.flatnonzero(~np.isfinite(p).all(1))[:2])[0].to(next(run.model.parameters()).device)
+        bad = np.flatnonzero(~np.isfinite(p).all(1))[:2]
+        x = data.batch(bad if len(data) == len(p) else [0])[0].to(_device(run.model)) # of an image: its first tile
         raise NonFinite(f"epoch {epoch + 1}, validation: not finite: {first_nonfinite(run.model, x) or 'the output'}; try a smaller learning rate or full precision")
     return dict(val_oa=float((p.argmax(1) == y).mean()), val_loss=float(-np.log(p[np.arange(len(y)), y].clip(1e-12)).mean()))
 
-# %% ../../nbs/5_learn/50_training.ipynb #dba39e3c
+# %% ../../nbs/5_learn/50_training.ipynb #6675f487
 def _train(run, train, val, accelerator, folder, progress) -> None:
     "Epochs until there are enough, or validation has stopped improving; the model ends with the weights of its best epoch."
     model, args, history = run.model.to(accelerator.device), run.train, run.history
@@ -189,7 +203,9 @@ def _train(run, train, val, accelerator, folder, progress) -> None:
     if folder and state.is_file():
         best, old = load_state(state, model, optimizer, facts)
         history += old["history"]
-    bar = tqdm(range(len(history), args["epochs"]), initial=len(history), total=args["epochs"], desc=f"fit {model.name}", unit="epoch", disable=not progress)
+    order, total = _order(len(train), 0, args)
+    epochs = -(-total//len(order))
+    bar = tqdm(range(len(history), epochs), initial=len(history), total=epochs, desc=f"fit {model.name}", unit="epoch", disable=not progress)
     for epoch in bar:
         if history and epoch - 1 - best_epoch(history) >= args["patience"]: break
         start = time.perf_counter()
@@ -201,11 +217,18 @@ def _train(run, train, val, accelerator, folder, progress) -> None:
     model.load_state_dict(best)
     model.eval()
 
-# %% ../../nbs/5_learn/50_training.ipynb #9d7db3fe
+def _learn(run, train, val) -> None:
+    "For a model that is not trained by gradients: one look at all training samples."
+    start, (x, y), (x_val, y_val) = time.perf_counter(), *(d.batch(np.arange(len(d))) for d in (train, val))
+    run.train["learned"] = plain(run.model.learn(x.numpy(), y.numpy(), x_val.numpy(), y_val.numpy(), run.train["seed"]))
+    run.history.append(dict(epoch=1, loss=_validate(run, train, 0)["val_loss"], **_validate(run, val, 0), seconds=round(time.perf_counter() - start, 3)))
+
+# %% ../../nbs/5_learn/50_training.ipynb #e9bdc8f0
 def _check_args(args) -> None:
     whole = lambda v: isinstance(v, (int, np.integer))
     number = lambda v: isinstance(v, (int, float, np.integer, np.floating)) and math.isfinite(v)
     rules = dict(epochs=(lambda v: whole(v) and v >= 1, "a whole number, at least 1"), batch_size=(lambda v: whole(v) and v >= 2, "a whole number, at least 2"),
+                 steps=(lambda v: v is None or whole(v) and v >= 1, "a whole number, at least 1, or None"), epoch_steps=(lambda v: v is None or whole(v) and v >= 1, "a whole number, at least 1, or None"),
                  lr=(lambda v: number(v) and v > 0, "a positive number"), weight_decay=(lambda v: number(v) and v >= 0, "a number, at least 0"),
                  warmup=(lambda v: number(v) and 0 <= v <= 1, "a share of all steps, 0 to 1"), patience=(lambda v: whole(v) and v >= 1, "a whole number, at least 1"),
                  clip=(lambda v: number(v) and v > 0, "a positive number (a large one switches clipping off)"), seed=(lambda v: whole(v) and v >= 0, "a whole number, at least 0"),
@@ -213,9 +236,9 @@ def _check_args(args) -> None:
     for name, (fits, rule) in rules.items():
         if not fits(args[name]): raise InputError(f"{name} must be {rule}; got {args[name]!r}")
 
-# %% ../../nbs/5_learn/50_training.ipynb #0e0e7b72
+# %% ../../nbs/5_learn/50_training.ipynb #64bc8530
 def _check_scene(model, scene, split) -> None:
-    if model.takes != "patch": raise InputError(f"{model.name}: takes {model.takes!r}; fit trains models that take patches")
+    if model.takes not in ("pixel", "coords", "patch", "image"): raise InputError(f"{model.name}: takes {model.takes!r}; known are pixel, coords, patch and image")
     if scene.labels is None: raise InputError(f"{scene.name}: has no labels to train on")
     if scene.classes < 2: raise InputError(f"{scene.name}: has one class only, {scene.class_names[0]!r}; a classifier needs at least two")
     if scene.shape != tuple(split.shape): raise InputError(f"{scene.name}: is {scene.shape}, the split is for {tuple(split.shape)}")
@@ -227,7 +250,7 @@ def _check_scene(model, scene, split) -> None:
         if not scene.labels.flat[index].all(): raise InputError(f"split: {part} holds unlabelled pixels of {scene.name}; was it made for another label map?")
         gone = missing_pixels(scene.cube[np.unravel_index(index, scene.shape)], scene.nodata)
         if gone.any(): raise InputError(f"{scene.name}: {gone.sum()} {part} pixels hold no data; set their labels to 0 before the split")
-    if 0 < split.buffer < model.patch//2:
+    if model.takes == "patch" and 0 < split.buffer < model.patch//2:
         raise InputError(f"patch {model.patch} reaches {model.patch//2} pixels, the split keeps {split.buffer} free; split with --buffer {model.patch//2}, or use patch={2*split.buffer + 1}")
 
 # %% ../../nbs/5_learn/50_training.ipynb #91e7ac58
@@ -275,12 +298,23 @@ def _finish(run, folder) -> Run:
     (folder/"state.safetensors").unlink(missing_ok=True)
     return run
 
-# %% ../../nbs/5_learn/50_training.ipynb #7a17872c
+# %% ../../nbs/5_learn/50_training.ipynb #103b4467
+_ARGS = "epochs steps epoch_steps batch_size lr weight_decay warmup patience clip seed precision".split() # of fit, kept on the run's card
+
+def _check(args, model, scene, split) -> None:
+    _check_args(args)
+    _check_scene(model, scene, split)
+    _check_bands(scene, split)
+    if model.takes == "image": args["batch_size"] = 1 # a tile is many samples
+
+# %% ../../nbs/5_learn/50_training.ipynb #34f0f2aa
 def fit(
     model:nn.Module, # from `create_model`, for the scene's bands and classes
     scene:Scene, # with labels
     split:Split, # of the scene's pixels
     *, epochs:int = 30, # passes over the training pixels
+    steps:int|None = None, # in place of epochs: a budget in steps
+    epoch_steps:int|None = None, # join passes to epochs of at least so many steps; for few labels
     batch_size:int = 64, # about; see `batches`
     lr:float = 1e-3, # highest learning rate
     weight_decay:float = 5e-4, # of matrices
@@ -292,19 +326,17 @@ def fit(
     resume:bool = False, # continue a killed run
     overwrite:bool = False, # replace an old run
     cpu:bool = False, # stay on the CPU where there is a GPU
-    precision:str = "no", # "no", "bf16" or "fp16": mixed precision on a GPU
+    precision:str = "no", # or mixed on a GPU: "bf16", "fp16"
     progress:bool = True, # show a bar
 ) -> Run: # in evaluation mode, with the weights of its best epoch
     "Train on split.train, keep the epoch that is best on split.val, and return it; split.test is never looked at."
-    args = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup, patience=patience, clip=clip, seed=seed, precision=precision)
-    _check_args(args)
-    _check_scene(model, scene, split)
-    _check_bands(scene, split)
+    args = {k: v for k, v in locals().items() if k in _ARGS}
+    _check(args, model, scene, split)
     run = Run(model, Standardizer.fit(scene.cube, split.train), scene.class_names, split, scene.wavelengths_nm, [], args, _about(scene, split))
-    data = [PatchDataset(scene.cube, i, scene.labels, model.patch, run.scale, nodata=scene.nodata) for i in (split.train, split.val)]
+    data = [feed(model, scene.cube, i, scene.labels, run.scale, scene.nodata) for i in (split.train, split.val)]
     accelerator = _accelerator(cpu, precision)
     folder = None if out is None else _open_folder(Path(out), split, resume, overwrite)
-    with _forked_rng(): _train(run, *data, accelerator, folder, progress)
+    with _forked_rng(): _learn(run, *data) if hasattr(model, "learn") else _train(run, *data, accelerator, folder, progress)
     return run if folder is None else _finish(run, folder)
 
 # %% ../../nbs/5_learn/50_training.ipynb #b5fda1ec
@@ -321,7 +353,7 @@ def check_fits(
     if off > np.abs(np.diff(nm)).max(): # further than the next band
         raise InputError(f"{scene.name}: its bands lie up to {off:.0f} nm from those of training; use the same sensor, or bring the scene to the model's wavelengths")
 
-# %% ../../nbs/5_learn/50_training.ipynb #8f7e73fa
+# %% ../../nbs/5_learn/50_training.ipynb #333de2d5
 def evaluate(
     run:Run, # a trained model
     scene:Scene, # with labels
@@ -336,7 +368,7 @@ def evaluate(
     if scene.shape != tuple(split.shape): raise InputError(f"{scene.name}: is {scene.shape}, the split is for {tuple(split.shape)}")
     if scene.classes != len(run.class_names): raise InputError(f"{scene.name}: has {scene.classes} classes, the model knows {len(run.class_names)}")
     if not len(getattr(split, part)): raise InputError(f"split: {part} is empty, nothing to score")
-    data = PatchDataset(scene.cube, getattr(split, part), scene.labels, run.model.patch, run.scale, nodata=scene.nodata)
+    data = feed(run.model, scene.cube, getattr(split, part), scene.labels, run.scale, scene.nodata)
     p = predict_proba(run, data)
     if not np.isfinite(p).all(): raise InputError(f"{scene.name}: {(~np.isfinite(p)).any(1).sum()} {part} pixels get no finite score; does the cube hold nan there?")
     return Scores(confusion_matrix(data.y.numpy(), p.argmax(1) + 1, len(run.class_names)), run.class_names)

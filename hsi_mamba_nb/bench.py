@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hsi_mamba_nb.errors import InputError
 from hsi_mamba_nb.files import write_file
+from hsi_mamba_nb.memory import peak_memory
 from hsi_mamba_nb.scan.backends import available_backends, selective_scan
 
 __all__ = ["bench_block", "bench_scan", "machine", "table", "table_block"]
@@ -24,7 +25,8 @@ QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
 WHOLE = (1, 207_400, 128, 16)  # PaviaU's 610 x 340 pixels as one sequence
 MEMORY = """
 import sys
-from hsi_mamba_nb.bench import make, once, peak_memory
+from hsi_mamba_nb.bench import make, once
+from hsi_mamba_nb.memory import peak_memory
 b, l, d, n = map(int, sys.argv[1:5])
 once("numba", make(1, 8, d, n, False))
 x = make(b, l, d, n, False)
@@ -82,18 +84,6 @@ def once(name: str, x: list) -> None:
         v.grad = None
     if x[0].is_cuda:
         torch.cuda.synchronize()
-
-
-def peak_memory() -> float:
-    "Most bytes this process ever had in memory; nan where the system does not tell. getrusage would count its parent's as well."
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])*1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
 
 def _time(f) -> float:

@@ -1,4 +1,4 @@
-"""The command line: hsi-mamba demo | scenes | fetch | split | fit | evaluate | map | bench | doctor."""
+"""The command line: hsi-mamba demo | scenes | fetch | split | fit | evaluate | map | compare | bench | doctor."""
 import argparse
 import json
 import sys
@@ -179,6 +179,28 @@ def map_(args):
     print(f"wrote {save_map(predict_map(run, scene), args.out)}")
 
 
+def compare(args):
+    import os
+    from hsi_mamba_nb.learn import protocol as p
+    first = os.environ.get("RANK", "0") == "0"
+    number = lambda text: None if text == "all" else int(text) if text.isdecimal() else _wrong(f"--labels {text}: numbers of pixels a class, or all")
+    rows = p.compare(_words(args.models), _words(args.scenes), _words(args.split), args.seeds, inits=args.inits, labels=[number(t) for t in _words(args.labels)],
+                     budget=args.budget, out=args.out)
+    if first:
+        print(p.board_table(rows))
+    if first and args.figure:
+        from hsi_mamba_nb.viz import save_figure
+        print(f"wrote {save_figure(p.show_board(rows), args.figure)}")
+
+
+def _words(text):
+    return [w.strip() for w in text.split(",") if w.strip()] or _wrong(f"{text!r}: name at least one")
+
+
+def _wrong(message):
+    raise InputError(message)
+
+
 def bench(args):
     from hsi_mamba_nb import bench as b
     if args.json and Path(args.json).is_dir():  # before the work, not after it
@@ -277,6 +299,17 @@ def _parser():
     c.add_argument("run", metavar="RUN", help="a folder that `fit` wrote")
     c.add_argument("--out", required=True, metavar="FILE", help=".png (map with legend), .tif (GeoTIFF, on the ground) or .npy (class numbers)")
     _add_scene(c, optional=True)
+
+    c = command("compare", compare, "train and test models on identical pixels under one budget; one row a run, continued where it stopped")
+    c.add_argument("--models", required=True, metavar="A,B", help=f"some of: {', '.join(list_models())}")
+    c.add_argument("--scenes", required=True, metavar="A,B", help="names, see `hsi-mamba scenes`; also hard-few and hard-space, synthetic scenes with known best accuracy")
+    c.add_argument("--split", default="blocks", metavar="A,B", help="blocks, halves, random, per-class (default: blocks)")
+    c.add_argument("--labels", default="all", metavar="N,all", help="training pixels a class, and as many to choose the epoch on (default: all of the split's)")
+    c.add_argument("--seeds", type=int, default=3, help="splits, each with first weights of its own (default: 3)")
+    c.add_argument("--inits", type=int, default=1, help="first weights on each split (default: 1)")
+    c.add_argument("--budget", default="default", help="default: 60 s of one processor or 600 steps a run; tiny: 3 s or 20; paper: 20,000 steps, no clock")
+    c.add_argument("--out", metavar="FILE.jsonl", help="file of rows; runs that are there are not repeated")
+    c.add_argument("--figure", metavar="FILE.png", help="draw the board")
 
     c = command("bench", bench, "time the selective scan or a Mamba block beside others' in one run")
     c.add_argument("what", choices=("scan", "block"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights")

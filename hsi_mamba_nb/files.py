@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hsi_mamba_nb.errors import InputError
 
-__all__ = ["write_file"]
+__all__ = ["append_line", "write_file"]
 
 
 def write_file(
@@ -32,6 +32,33 @@ def write_file(
     except FileExistsError:  # from mkdir
         raise InputError(f"{path}: cannot be written ({path.parent} is not a folder); choose another place") from None
     except (OSError, ValueError) as e:  # ValueError: no file name, a null character in it
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); choose another place or make room") from None
+    return path
+
+
+def append_line(
+    path: str | Path,
+    line: str,  # without its end
+) -> Path:
+    "Add a line to a file in one write, so that processes that share it never mix theirs; what a killed writer left unfinished is cut off first."
+    try:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as f:
+            with suppress(ImportError, OSError):  # Windows, or a disk that knows no locks
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX)
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - 1))
+            if size and f.read(1) != b"\n":
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
+            f.write(line.encode("utf-8") + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+    except FileExistsError:
+        raise InputError(f"{path}: cannot be written ({path.parent} is not a folder); choose another place") from None
+    except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); choose another place or make room") from None
     return path
 

@@ -18,7 +18,7 @@ from hsi_mamba_nb.files import write_file
 from hsi_mamba_nb.memory import peak_memory
 from hsi_mamba_nb.scan.backends import available_backends, selective_scan
 
-__all__ = ["bench_block", "bench_scan", "machine", "table", "table_block"]
+__all__ = ["bench_block", "bench_map", "bench_scan", "machine", "table", "table_block", "table_map"]
 
 SHAPES = [("patches", 64, 49, 512, 16), ("patches", 512, 81, 128, 16), ("sequences", 4, 1024, 256, 16), ("sequences", 16, 1024, 128, 16), ("image", 1, 16_384, 128, 16)]
 QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
@@ -239,6 +239,75 @@ def table_block(result: dict) -> str:
     "The result for people."
     return "\n".join([*_head(result), f"Mamba block, forward + backward, float32, batch x length x d_model {' x '.join(map(str, result['shape']))}", "",
                       *(f"{r['block']:<10}{1e3*r['seconds']:>10.1f} ms{r['times_mambapy'] or '-':>9} x mambapy" for r in result["rows"])])
+
+
+XIONGAN = (1580, 3750, 256)  # rows, columns, bands: 3 GB of 16-bit numbers
+MAP = """
+import sys, time
+import numpy as np
+import torch
+from hsi_mamba_nb.learn import Run, predict_map
+from hsi_mamba_nb.learn.protocol import count_flops
+from hsi_mamba_nb.memory import peak_memory
+from hsi_mamba_nb.models import create_model
+from hsi_mamba_nb.scene import Scene, Standardizer
+h, w, c, strip = map(int, sys.argv[2:6])
+cube = np.memmap(sys.argv[1], np.uint16, "r", shape=(h, w, c))
+torch.manual_seed(0)
+model = create_model("cnn-2d", c, 20).eval()
+run = Run(model, Standardizer(np.full(c, 3000, np.float32), np.full(c, 800, np.float32)), tuple(map(str, range(20))), None)
+flops, start = count_flops(model), time.perf_counter()
+result = predict_map(run, Scene(cube), strip)
+np.save(sys.argv[6], result.classes)
+print(flops, time.perf_counter() - start, peak_memory())
+"""
+
+
+def _big_file(path, h, w, c) -> None:
+    "A made-up scene on the disk, written some rows at a time: smooth in space, 16 spectra, noise."
+    import numpy as np
+    rng = np.random.default_rng(0)
+    spectra = rng.normal(3000, 800, (16, c)).clip(0)
+    with open(path, "wb") as f:
+        for top in range(0, h, 16):
+            i, j = np.mgrid[top:min(top + 16, h), 0:w]
+            kind = (i//90*7 + j//110*5 + (i*j)//9000) % 16
+            noise = rng.normal(0, 200, (1, w, c))
+            f.write((spectra[kind] + noise).clip(0, 65535).astype(np.uint16).tobytes())
+
+
+def bench_map(
+    quick: bool = False,  # a small scene, in two heights of strip, to see that it runs
+    progress: bool = True,
+) -> dict:
+    "A scene of XiongAn's size on the disk, mapped by a small CNN in a process of its own: time and peak memory."
+    import tempfile
+
+    import numpy as np
+    h, w, c = (60, 80, 32) if quick else XIONGAN
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/"scene.bin"
+        _big_file(path, h, w, c)
+        heights, runs = (32, 17), []
+        for strip in heights[:2 if quick else 1]:
+            done = subprocess.run([sys.executable, "-c", MAP, path, *map(str, (h, w, c, strip)), Path(folder)/f"{strip}.npy"], text=True, stdout=subprocess.PIPE,
+                                  stderr=None if progress else subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+            if done.returncode:
+                raise InputError("bench map: the process that maps has failed; its message is above")
+            runs.append([float(v) for v in done.stdout.split()[-3:]])
+        classes = np.load(Path(folder)/"32.npy")
+        same = bool(np.array_equal(classes, np.load(Path(folder)/"17.npy"))) if quick else None
+    flops, seconds, peak = runs[0]
+    return dict(command="hsi-mamba bench map" + " --quick"*quick, machine=machine(), shape=[h, w, c], model="cnn-2d, patch 9", mflop_per_pixel=round(flops/1e6, 2),
+                seconds=round(seconds, 1), pixels_per_second=round(h*w/seconds), peak_mb=round(peak/1e6), classes_seen=int(len(np.unique(classes))), same_for_another_strip=same)
+
+
+def table_map(result: dict) -> str:
+    "The result for people."
+    h, w, c = result["shape"]
+    return "\n".join([*_head(result), f"map of {h} x {w} x {c} uint16 ({2*h*w*c/1e9:.1f} GB on disk) by {result['model']}, {result['mflop_per_pixel']} MFLOP a pixel",
+                      f"{result['seconds']/60:.1f} minutes, {result['pixels_per_second']:,} pixels a second, peak resident memory {result['peak_mb']:,} MB"
+                      + "; strips of 17 rows give the same classes"*bool(result["same_for_another_strip"])])
 
 
 def save(result: dict, path) -> Path:

@@ -205,8 +205,8 @@ def bench(args):
     from hsi_mamba_nb import bench as b
     if args.json and Path(args.json).is_dir():  # before the work, not after it
         raise InputError(f"{args.json}: is a folder; name a file in it")
-    measure, show = {"scan": (b.bench_scan, b.table), "block": (b.bench_block, b.table_block)}[args.what]
-    result = measure(args.quick, args.repeats, device=args.device)
+    measure, show = {"scan": (b.bench_scan, b.table), "block": (b.bench_block, b.table_block), "map": (b.bench_map, b.table_map)}[args.what]
+    result = measure(args.quick) if args.what == "map" else measure(args.quick, args.repeats, device=args.device)
     print(show(result))
     if args.json:
         print(f"wrote {b.save(result, args.json)}")
@@ -301,7 +301,7 @@ def _parser():
     _add_scene(c, optional=True)
 
     c = command("compare", compare, "train and test models on identical pixels under one budget; one row a run, continued where it stopped")
-    c.add_argument("--models", required=True, metavar="A,B", help=f"some of: {', '.join(list_models())}")
+    c.add_argument("--models", required=True, metavar="A,B", help=f"some of: {', '.join(list_models())}; with options: ssa-mamba:patch=5:depth=1")
     c.add_argument("--scenes", required=True, metavar="A,B", help="names, see `hsi-mamba scenes`; also hard-few and hard-space, synthetic scenes with known best accuracy")
     c.add_argument("--split", default="blocks", metavar="A,B", help="blocks, halves, random, per-class (default: blocks)")
     c.add_argument("--labels", default="all", metavar="N,all", help="training pixels a class, and as many to choose the epoch on (default: all of the split's)")
@@ -312,7 +312,7 @@ def _parser():
     c.add_argument("--figure", metavar="FILE.png", help="draw the board")
 
     c = command("bench", bench, "time the selective scan or a Mamba block beside others' in one run")
-    c.add_argument("what", choices=("scan", "block"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights")
+    c.add_argument("what", choices=("scan", "block", "map"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights; map: a scene of 3 GB on the disk")
     c.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to time on (default: cpu); on a GPU mamba_ssm is timed too, where installed")
     c.add_argument("--json", metavar="FILE", help="also write the numbers")
     c.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts (default: 3)")

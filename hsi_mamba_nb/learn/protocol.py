@@ -6,8 +6,8 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/protocol.html.md"""
 
 # %% auto #0
 __all__ = ['BUDGETS', 'HARD', 'few_labels', 'variance_parts', 'near_border', 'paired_t', 'holm', 'Budget', 'steps_within',
-           'count_flops', 'board_scene', 'best_possible', 'run_row', 'read_board', 'compare', 'board_table',
-           'show_board']
+           'count_flops', 'board_scene', 'best_possible', 'model_spec', 'run_row', 'read_board', 'compare',
+           'board_table', 'show_board']
 
 # %% ../../nbs/5_learn/52_protocol.ipynb #1ed84a38
 import json, os, time
@@ -130,11 +130,7 @@ def steps_within(
     look = max(one - step, 0)
     return int(min(budget.steps, max(budget.epoch_steps, budget.seconds/(step + look/budget.epoch_steps))))
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #ba9c5ebc
-def _scan_flops(u, delta, A, *_, **__) -> int: # shapes (b,d,l), (b,d,l), (d,n)
-    return 9*u[0]*u[1]*u[2]*A[1]
-
-# %% ../../nbs/5_learn/52_protocol.ipynb #ee16eaaa
+# %% ../../nbs/5_learn/52_protocol.ipynb #a80b35b8
 def count_flops(
     model:nn.Module, # what it takes decides the input
     side:int = 32, # of the image that an image model is counted on
@@ -142,10 +138,14 @@ def count_flops(
     "Operations of one classified pixel, forward."
     from torch.utils.flop_counter import FlopCounterMode
     if hasattr(model, "learn"): return float("nan")
-    from hsi_mamba_nb.scan import cpu_kernel # its operator must exist before it can have a formula
     p, image = getattr(model, "patch", 1), model.takes == "image"
     x = torch.zeros(1, model.bands, *([side]*2 if image else [p]*2 if model.takes == "patch" else []))
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.hsi_mamba_nb.selective_scan_numba: _scan_flops}) as counter, torch.no_grad(): model.eval()(x)
+    with torch.no_grad(): model.eval()(x) # operators that come with the first call bring their formula
+    fused = torch.backends.mha.get_fastpath_enabled() # torch's fused attention block is not counted
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad(): model.eval()(x)
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops()/(side*side if image else 1)
 
 # %% ../../nbs/5_learn/52_protocol.ipynb #5f2cf997
@@ -187,18 +187,30 @@ def _scores(run, scene, split) -> tuple: # scores and what they cost
     of = lambda m: float((truth == given)[m].mean()) if m.any() else None
     return dict(oa=all_.oa, aa=all_.aa, kappa=all_.kappa, per_class=all_.per_class, oa_border=of(border), oa_inside=of(~border), n_border=int(border.sum())), seconds/len(truth)
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #0cec1b03
+# %% ../../nbs/5_learn/52_protocol.ipynb #8d102149
+def model_spec(
+    text:str, # a name, then :option=value for each option that is not the default
+) -> tuple[str, dict]: # name, options
+    "A contender's name taken apart. Values are JSON where they parse, else words."
+    name, *parts = text.split(":")
+    if wrong := [p for p in parts if "=" not in p]: raise InputError(f"model {text!r}: {wrong[0]!r} is not option=value")
+    def value(v):
+        try: return json.loads(v)
+        except ValueError: return v
+    return name, {k: value(v) for k, v in (p.split("=", 1) for p in parts)}
+
+# %% ../../nbs/5_learn/52_protocol.ipynb #80c4fbc6
 def run_row(
     job:dict, # scene, model, split, labels, seed, init
     scene:Scene, # of that name
     budget:Budget, # of the run
-    config:dict|None = None, # options of the model
 ) -> dict: # one row of a board
     "Train and test one model on one split, and say all about it."
     split, threads = _job_split(scene, job), torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000*job["seed"] + job["init"])
-        model = create_model(job["model"], scene.bands, scene.classes, **config or {})
+        name, options = model_spec(job["model"])
+        model = create_model(name, scene.bands, scene.classes, **options)
     try:
         torch.set_num_threads(1)
         options = dict(seed=job["init"], patience=budget.patience)
@@ -229,7 +241,7 @@ def read_board(
                 raise InputError(f"{path}: line {i + 1} is not a row; delete that line, or choose another file") from None
     return rows
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #dacd2a24
+# %% ../../nbs/5_learn/52_protocol.ipynb #dbc9a5ec
 _KEY = ("scene", "model", "split", "labels", "seed", "init", "budget")
 
 def _jobs(models, scenes, splits, labels, seeds, inits) -> list:
@@ -237,7 +249,7 @@ def _jobs(models, scenes, splits, labels, seeds, inits) -> list:
             for m in models for s in scenes for p in splits for n in labels for seed in range(seeds) for init in range(inits)]
 
 def _check_board(models, splits, labels, seeds, inits) -> None:
-    for kind, given, known in (("model", models, list_models()), ("split", splits, list(_SPLITS))):
+    for kind, given, known in (("model", [model_spec(m)[0] for m in models], list_models()), ("split", splits, list(_SPLITS))):
         if wrong := [g for g in given if g not in known]: raise InputError(f"no {kind} {wrong[0]!r}; there are {', '.join(known)}")
     if min(seeds, inits) < 1: raise InputError(f"seeds and inits: at least 1, got {seeds} and {inits}")
     if any(n is not None and n < 2 for n in labels): raise InputError(f"labels per class: at least 2, or None for all, got {labels}")
@@ -247,9 +259,9 @@ def _my_share(jobs) -> list: # of this process, when several were launched
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"): os.environ.pop(name, None) # each run trains alone
     return jobs[rank::world]
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #ad3755c8
+# %% ../../nbs/5_learn/52_protocol.ipynb #fb5bbb1f
 def compare(
-    models:list[str], # names, see `list_models`
+    models:list[str], # names, see `list_models` and `model_spec`
     scenes:list, # names or scenes
     splits:list[str] = ("blocks",), # blocks, halves, random, per-class
     seeds:int = 3, # splits; with each seed the first weights differ too
@@ -257,7 +269,6 @@ def compare(
     labels:list = (None,), # training pixels a class; None: all of the split's
     budget:str|Budget = "default", # default, tiny, paper
     out:str|Path|None = None, # file of rows; those there already are not repeated
-    config:dict|None = None, # model name -> options
     progress:bool = True, # show a bar, one step a run
 ) -> list: # of rows: those asked for
     "Train and test every model on identical pixels under one budget."
@@ -268,7 +279,7 @@ def compare(
     done = {key(row): row for row in (read_board(out) if out else [])}
     mine = [j for j in _my_share(jobs) if key(j) not in done]
     for job in tqdm(mine, desc="compare", unit="run", disable=None if progress else True):
-        row = run_row({k: v for k, v in job.items() if k != "budget"}, known[job["scene"]], budget, (config or {}).get(job["model"]))
+        row = run_row({k: v for k, v in job.items() if k != "budget"}, known[job["scene"]], budget)
         done[key(job)] = row
         if out: append_line(out, json.dumps(row, allow_nan=False))
     return [done[key(j)] for j in jobs if key(j) in done]

@@ -3,5 +3,7 @@ from hsi_mamba_nb._lazy import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "base": ["HSIModel"],
+    "baselines": ["CNN1d", "CNN2d", "ClassicalModel", "HybridSN", "Logistic", "NearestCoords", "NearestSpectrum", "RandomForest", "SVM", "SpectralTransformer"],
+    "mamba_hsi": ["BothMamba", "MambaHSI", "SpaMamba", "SpeMamba"],
     "registry": ["create_model", "list_models"],
 })

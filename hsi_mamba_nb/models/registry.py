@@ -7,7 +7,19 @@ from hsi_mamba_nb.errors import InputError
 
 __all__ = ["create_model", "list_models"]
 
-_MODELS = {"ssa-mamba": "hsi_mamba_nb.models.ssa_mamba:SSAMamba"}
+_MODELS = {
+    "nearest-coords": "hsi_mamba_nb.models.baselines:NearestCoords",
+    "nearest-spectrum": "hsi_mamba_nb.models.baselines:NearestSpectrum",
+    "logistic": "hsi_mamba_nb.models.baselines:Logistic",
+    "svm": "hsi_mamba_nb.models.baselines:SVM",
+    "random-forest": "hsi_mamba_nb.models.baselines:RandomForest",
+    "cnn-1d": "hsi_mamba_nb.models.baselines:CNN1d",
+    "spectral-transformer": "hsi_mamba_nb.models.baselines:SpectralTransformer",
+    "cnn-2d": "hsi_mamba_nb.models.baselines:CNN2d",
+    "hybridsn": "hsi_mamba_nb.models.baselines:HybridSN",
+    "ssa-mamba": "hsi_mamba_nb.models.ssa_mamba:SSAMamba",
+    "mamba-hsi": "hsi_mamba_nb.models.mamba_hsi:MambaHSI",
+}
 
 
 def list_models() -> list[str]:

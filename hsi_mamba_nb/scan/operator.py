@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils.flop_counter import register_flop_formula
 
 from hsi_mamba_nb.errors import InputError
 
@@ -9,7 +10,7 @@ __all__ = ["differentiable", "through"]
 
 
 def differentiable(scan, back, name: str) -> None:
-    """Register `back` as the gradient of `scan`, and a refusal as the gradient of `back`.
+    """Register `back` as the gradient of `scan`, a refusal as the gradient of `back`, and how many operations both take.
 
     scan(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus, save) -> y, last, saved;
     back(dy, dlast, saved, <the same without save>) -> nine slopes, of u to W."""
@@ -32,6 +33,14 @@ def differentiable(scan, back, name: str) -> None:
 
     scan.register_autograd(gradient, setup_context=remember)
     back.register_autograd(no_second, setup_context=lambda ctx, inputs, output: None)
+    ops = torch.ops.hsi_mamba_nb
+    register_flop_formula(getattr(ops, f"selective_scan_{name}"))(_flops)
+    register_flop_formula(getattr(ops, f"selective_scan_{name}_backward"))(lambda dy, dlast, saved, *args, **_: 3*_flops(*args))
+
+
+def _flops(u, delta, A, *_, **__) -> int:
+    "Nine a state, channel and step, from shapes (b,d,l) and (d,n): step times A, exponential, step times u times B, state, output."
+    return 9*u[0]*u[1]*u[2]*A[1]
 
 
 def through(scan, name: str, convert, u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, return_last_state: bool, seq_idx):

@@ -182,13 +182,18 @@ def map_(args):
 def compare(args):
     import os
     from hsi_mamba_nb.learn import protocol as p
-    first = os.environ.get("RANK", "0") == "0"
+    if args.figure and Path(args.figure).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--figure {args.figure}: a figure is written as .png, .svg or .pdf; choose one of these endings")
     number = lambda text: None if text == "all" else int(text) if text.isdecimal() else _wrong(f"--labels {text}: numbers of pixels a class, or all")
-    rows = p.compare(_words(args.models), _words(args.scenes), _words(args.split), args.seeds, inits=args.inits, labels=[number(t) for t in _words(args.labels)],
-                     budget=args.budget, out=args.out)
-    if first:
-        print(p.board_table(rows))
-    if first and args.figure:
+    models, scenes, splits, labels = (_words(v) for v in (args.models, args.scenes, args.split, args.labels))
+    labels = [number(t) for t in labels]
+    rows = p.compare(models, scenes, splits, args.seeds, inits=args.inits, labels=labels, budget=args.budget, out=args.out)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(p.board_table(rows, args.per_class))
+    if missing := len(set(models))*len(set(scenes))*len(set(splits))*len(set(labels))*args.seeds*args.inits - len(rows):
+        print(f"{missing} runs of other processes are not done yet; run the command again to see them")
+    if args.figure:
         from hsi_mamba_nb.viz import save_figure
         print(f"wrote {save_figure(p.show_board(rows), args.figure)}")
 
@@ -307,7 +312,8 @@ def _parser():
     c.add_argument("--labels", default="all", metavar="N,all", help="training pixels a class, and as many to choose the epoch on (default: all of the split's)")
     c.add_argument("--seeds", type=int, default=3, help="splits, each with first weights of its own (default: 3)")
     c.add_argument("--inits", type=int, default=1, help="first weights on each split (default: 1)")
-    c.add_argument("--budget", default="default", help="default: 60 s of one processor or 600 steps a run; tiny: 3 s or 20; paper: 20,000 steps, no clock")
+    c.add_argument("--budget", default="default", help="default: 60 s of one processor or 600 steps a run; tiny: 3 s or 20; paper: 20,000 steps, no clock; or a number of steps")
+    c.add_argument("--per-class", action="store_true", help="also the accuracy of each class")
     c.add_argument("--out", metavar="FILE.jsonl", help="file of rows; runs that are there are not repeated")
     c.add_argument("--figure", metavar="FILE.png", help="draw the board")
 

@@ -1,4 +1,5 @@
 """Writing files so that a reader never sees half of one."""
+import json
 import os
 import threading
 from contextlib import suppress
@@ -6,7 +7,7 @@ from pathlib import Path
 
 from hsi_mamba_nb.errors import InputError
 
-__all__ = ["append_line", "write_file"]
+__all__ = ["append_row", "read_rows", "write_file"]
 
 
 def write_file(
@@ -36,31 +37,58 @@ def write_file(
     return path
 
 
-def append_line(
-    path: str | Path,
-    line: str,  # without its end
+def append_row(
+    path: str | Path,  # a file of rows, one JSON object a line
+    row: dict,
 ) -> Path:
-    "Add a line to a file in one write, so that processes that share it never mix theirs; what a killed writer left unfinished is cut off first."
+    "Add a line in one write, so that processes that share a file never mix theirs. A line that a killed writer left unfinished is cut off first."
     try:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         with open(path, "a+b") as f:
             with suppress(ImportError, OSError):  # Windows, or a disk that knows no locks
                 import fcntl
                 fcntl.flock(f, fcntl.LOCK_EX)
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - 1))
-            if size and f.read(1) != b"\n":
-                f.seek(0)
-                f.truncate(f.read().rfind(b"\n") + 1)
-            f.write(line.encode("utf-8") + b"\n")
+            f.seek(0)
+            text = f.read()
+            last = text[text.rfind(b"\n") + 1:]
+            if last and _whole(last):
+                line = b"\n" + line
+            elif last:
+                f.truncate(len(text) - len(last))
+            f.write(line)
             f.flush()
             os.fsync(f.fileno())
     except FileExistsError:
         raise InputError(f"{path}: cannot be written ({path.parent} is not a folder); choose another place") from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); choose another place or make room") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); choose another place or make room") from None
     return path
+
+
+def _whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def read_rows(
+    path: str | Path,  # as `append_row` writes it; need not exist
+) -> list[dict]:
+    "The rows of a file; a last line that a killed writer left unfinished is ignored."
+    try:
+        lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}); choose another file") from None
+    rows = []
+    for i, line in enumerate(lines):
+        if _whole(line):
+            rows.append(json.loads(line))
+        elif line.strip() and (i < len(lines) - 1 or not rows):
+            raise InputError(f"{path}: line {i + 1} is not a row; delete that line, or choose another file")
+    return rows
 
 
 def _sync_folder(folder: Path) -> None:

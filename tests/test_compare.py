@@ -13,16 +13,16 @@ import torch
 from test_cli import run as command
 
 from hsi_mamba_nb.errors import InputError
-from hsi_mamba_nb.files import append_line
-from hsi_mamba_nb.learn import Run, compare, evaluate, fit, predict_map, read_board
+from hsi_mamba_nb.files import append_row, read_rows
+from hsi_mamba_nb.learn import Run, compare, evaluate, fit, predict_map
 from hsi_mamba_nb.learn.feed import TileData, feed, release
-from hsi_mamba_nb.learn.protocol import BUDGETS, best_possible, few_labels, run_row
+from hsi_mamba_nb.learn.protocol import BUDGETS, best_possible, board_table, few_labels, run_row, variance_parts
 from hsi_mamba_nb.learn.training import predict_proba
 from hsi_mamba_nb.models import create_model, list_models
 from hsi_mamba_nb.models.base import HSIModel
 from hsi_mamba_nb.scene import PatchDataset, Scene, Split, Standardizer, split_blocks, synthetic_scene
 
-COSTS = {"train_seconds", "pixel_microseconds", "peak_mb", "date", "steps"}  # what a clock says
+COSTS = {"train_seconds", "pixel_microseconds", "extra_mb", "date"}  # what a clock says
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +43,79 @@ def test_a_killed_board_goes_on_and_repeats_nothing(tmp_path):
     out = tmp_path/"board.jsonl"
     child = subprocess.Popen([sys.executable, "-m", "hsi_mamba_nb", *BOARD, "--seeds", "6", "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(1200):
-        if len(read_board(out)) >= 2: break
+        if len(read_rows(out)) >= 2: break
         time.sleep(.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
     kept = out.read_text()
-    assert 2 <= len(read_board(out)) < 12
+    assert 2 <= len(read_rows(out)) < 12
     out.write_text(kept + '{"scene": "hard-f')  # killed while it wrote
     done = command(*BOARD, "--seeds", 6, "--out", out, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = out.read_text()
-    assert text.startswith(kept) and len(read_board(out)) == 12
+    assert text.startswith(kept) and len(read_rows(out)) == 12
     assert command(*BOARD, "--seeds", 6, "--out", out, cwd=tmp_path).returncode == 0 and out.read_text() == text
 
 
 def test_two_processes_make_the_rows_of_one(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hsi_mamba_nb"]
-    done = subprocess.run([*launch, *BOARD, "--seeds", "2", "--out", "two.jsonl"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "hsi_mamba_nb"]
+    board = ("compare", "--models", "nearest-spectrum,cnn-1d", "--scenes", "hard-few", "--labels", "5", "--budget", "12")
+    done = subprocess.run([*launch, *board, "--seeds", "2", "--out", "two.jsonl"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert command(*BOARD, "--seeds", 2, "--out", "one.jsonl", cwd=tmp_path).returncode == 0
-    two, one = (read_board(tmp_path/f"{n}.jsonl") for n in ("two", "one"))
+    assert done.stdout.count("coordinates alone") == 1  # one of them speaks
+    assert command(*board, "--seeds", 2, "--out", "one.jsonl", cwd=tmp_path).returncode == 0
+    two, one = (read_rows(tmp_path/f"{n}.jsonl") for n in ("two", "one"))
     assert len(two) == 4 and facts(two) == facts(one)
+    refused = subprocess.run([*launch, *board], cwd=tmp_path, capture_output=True, text=True)
+    assert "give it with out=" in refused.stderr
 
 
-def test_a_row_of_the_committed_board_can_be_made_again(tmp_path):
-    "At a tiny budget, for a model without steps the very row."
+@pytest.mark.parametrize("model", ["svm", "cnn-1d"])
+def test_a_row_of_the_committed_board_can_be_made_again(model):
+    "From the number of its steps, without a clock; processors may round the last bits differently."
     from conftest import ROOT
-    rows = [r for r in read_board(ROOT/"results"/"board.jsonl") if r["model"] == "svm" and r["scene"] == "hard-few" and r["seed"] == 0]
-    assert rows
-    again, = compare(["svm"], ["hard-few"], labels=[rows[0]["labels"]], seeds=1, progress=False, budget="tiny")
-    assert again["hash"] == rows[0]["hash"] and again["oa"] == pytest.approx(rows[0]["oa"], abs=.01) and again["coords_only"] == rows[0]["coords_only"]
+    row = next(r for r in read_rows(ROOT/"results"/"board.jsonl") if r["model"] == model and r["scene"] == "hard-few" and r["seed"] == 0)
+    steps = row["steps"] or 1
+    again, = compare([model], ["hard-few"], labels=[row["labels"]], seeds=1, progress=False, budget=str(steps))
+    assert again["hash"] == row["hash"] and again["data"] == row["data"] and again["coords_only"] == row["coords_only"]
+    assert again["oa"] == pytest.approx(row["oa"], abs=.01 if model == "svm" else .05)
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):
+    from hsi_mamba_nb.learn import protocol
+    true = protocol.run_row
+    def sometimes(job, *args):
+        if job["seed"] == 1: raise FloatingPointError("epoch 1: not finite")
+        return true(job, *args)
+    monkeypatch.setattr(protocol, "run_row", sometimes)
+    with pytest.raises(InputError, match="1 of 3 runs failed.*seed 1: epoch 1: not finite"): compare(["svm"], ["hard-few"], labels=[5], out=tmp_path/"b.jsonl", progress=False)
+    assert [r["seed"] for r in read_rows(tmp_path/"b.jsonl")] == [0, 2]
+
+
+def test_rows_of_a_file(tmp_path):
+    path = tmp_path/"rows.jsonl"
+    assert read_rows(path) == []
+    append_row(path, dict(a=1))
+    with open(path, "a") as f: f.write('{"a": 2}')  # whole, but for its end
+    append_row(path, dict(a=3))
+    with open(path, "a") as f: f.write('{"a": ')
+    assert [r["a"] for r in read_rows(path)] == [1, 2, 3]
+    append_row(path, dict(a=4))
+    assert [r["a"] for r in read_rows(path)] == [1, 2, 3, 4]
+    for text in (b"a letter of mine", b"[1]\n", b"\xff\xfe\n", b'{"a": 1}\n{"a\n'):
+        path.write_bytes(text)
+        with pytest.raises(InputError, match="is not a row"): read_rows(path)
+    with pytest.raises(InputError, match="cannot be read"): read_rows(tmp_path)
+
+
+def test_what_a_table_counts(scene):
+    rows = compare(["svm", "nearest-spectrum"], [scene], ["halves"], labels=[5], seeds=3, budget="tiny", progress=False)
+    assert len({r["hash"] for r in rows}) <= 3 and board_table(rows).count("svm") == 1
+    same = [dict(r, seed=r["seed"] + s) for s in range(12) for r in rows if r["seed"] == 0]
+    assert "1 splits" in board_table(same) and "+-" not in board_table(same)  # one split twelve times is one split
+    ten = [dict(r, seed=s, hash=str(s), oa=r["oa"] + .01*s) for s in range(10) for r in rows if r["seed"] == 0]
+    inits = [dict(r, init=i, oa=r["oa"] + .001*i) for r in ten for i in range(2)]
+    assert "of its spread: split 0.03" in board_table(inits) and variance_parts(np.array([[0., 0], [2, 2]]))["init"] == 0
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -87,7 +130,11 @@ def test_bad_boards_are_refused(tmp_path):
     with pytest.raises(InputError, match="no budget"): compare(["svm"], ["hard-few"], budget="huge")
     done = command("compare", "--models", "svm", "--scenes", "hard-few", "--labels", "some", cwd=tmp_path)
     assert done.returncode == 2 and "--labels some" in done.stderr and not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="not a folder"): append_line(append_line(tmp_path/"file", "x")/"below", "x")
+    for spec in ("svm:C=abc", "cnn-2d:patch=big", "cnn-2d:patch=8", "svm:colour=red", "svm:fast"):
+        with pytest.raises(InputError, match="svm|cnn-2d"): compare([spec], ["hard-few"], seeds=1, progress=False)
+    done = command("compare", "--models", "svm", "--scenes", "hard-few", "--figure", "a.xyz", cwd=tmp_path)
+    assert done.returncode == 2 and "--figure a.xyz" in done.stderr
+    with pytest.raises(InputError, match="not a folder"): append_row(append_row(tmp_path/"file", {})/"below", {})
 
 
 class Mean(HSIModel):
@@ -127,7 +174,9 @@ def test_pages_of_a_mapped_file_are_handed_back(tmp_path):
     x = np.random.default_rng(0).integers(0, 9, (50, 40, 30)).astype(np.uint16)
     np.save(tmp_path/"x.npy", x)
     cube = np.load(tmp_path/"x.npy", mmap_mode="r")
-    for view in (cube, cube[3:], cube.transpose(1, 0, 2)[::2], x):
+    mine = np.load(tmp_path/"x.npy", mmap_mode="c")
+    mine[:] += 1  # in memory only
+    for view in (cube, cube[3:], cube.transpose(1, 0, 2)[::2], x, mine):
         before = np.array(view)
         release(view)
         assert np.array_equal(view, before)
@@ -159,11 +208,9 @@ class TestKnownBugs:
         found = []
         for c in (scene.cube, cube):
             torch.manual_seed(0)
-            run = fit(create_model(name, scene.bands, scene.classes), replace(scene, cube=c), split, steps=4, epoch_steps=4, cpu=True, progress=False)
+            run = fit(create_model(name, scene.bands, scene.classes, **({} if name == "svm" else dict(patch=5))), replace(scene, cube=c), split, steps=4, epoch_steps=4, cpu=True, progress=False)
             found.append({k: v.clone() for k, v in run.model.state_dict().items()} | dict(mean=torch.from_numpy(run.scale.mean)))
-        val_sees = {"svm"} if name == "svm" else set()
-        assert found[0].keys() == found[1].keys() and (val_sees or all(torch.equal(found[0][k], found[1][k]) for k in found[0]))
-        assert torch.equal(found[0]["mean"], found[1]["mean"])
+        assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
     def test_the_epoch_is_not_chosen_on_test(self, scene, split):
         wrong = scene.labels.copy()
@@ -185,7 +232,7 @@ class TestKnownBugs:
         monkeypatch.setattr(type(run.model), "forward", greedy)
         with pytest.raises(MemoryError): predict_proba(run, feed(run.model, scene.cube, split.test, scene.labels, run.scale))
         with pytest.raises(MemoryError): compare(["cnn-1d"], [scene], labels=[5], seeds=1, budget="tiny", out=tmp_path/"b.jsonl", progress=False)
-        assert read_board(tmp_path/"b.jsonl") == []
+        assert read_rows(tmp_path/"b.jsonl") == []
 
     def test_even_patches_have_no_centre(self, scene, split):
         with pytest.raises(InputError, match="odd"): PatchDataset(scene.cube, split.train, patch=8)

@@ -44,7 +44,7 @@ def more():
     try: torch.autograd.grad(slope.sum(), u)
     except InputError as e: assert "second derivative" in str(e)
     else: raise AssertionError("a second derivative of what has none")
-    huge = {**few, "seq_idx": torch.tensor([[0]*9 + [1]*11]*2)}
+    huge = {k: v.clone() for k, v in few.items()} | dict(seq_idx=torch.tensor([[0]*9 + [1]*11]*2))
     huge["u"][..., :9] = 3e38
     huge["delta"][..., :9] = 30.
     part = {k: v[..., 9:] if v.ndim == 3 else v for k, v in few.items()}
@@ -52,6 +52,21 @@ def more():
     from hsi_mamba_nb.scan.gpu_scan import _scan_op
     f = {k: v.float().requires_grad_() for k, v in case(20, b=2, D=1, z=1)[0].items()}
     torch.library.opcheck(_scan_op, (f["u"], f["delta"], f["A"], f["B"].detach()[:, None].requires_grad_(), f["C"].detach()[:, None].requires_grad_(), f["D"], f["z"], None, None, None, True, True))
+    f["A"] = f["A"].detach().T.contiguous().T.requires_grad_()  # not contiguous
+    torch.library.opcheck(_scan_op, (f["u"], f["delta"], f["A"], f["B"].detach()[:, None], f["C"].detach()[:, None], None, None, None, None, None, False, True))
+    half = {k: v.half() if v.ndim == 3 else v for k, v in few.items()}
+    leaves = {k: v.clone().requires_grad_() for k, v in half.items()}
+    y = selective_scan(**leaves, backend="triton")
+    want = selective_scan(**{k: v.float() for k, v in half.items()}, backend="ref")
+    assert y.dtype == torch.float16 and float((y.float() - want).norm()/want.norm()) < 1e-3
+    assert all(g.dtype == v.dtype and torch.isfinite(g).all() for g, v in zip(torch.autograd.grad(y.float().sum(), list(leaves.values())), leaves.values()))
+    compiled = torch.compile(lambda u: selective_scan(**few | dict(u=u), backend="triton"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(few["u"]), selective_scan(**few, backend="triton"))
+    from hsi_mamba_nb.scan import backends
+    true = torch.Tensor.to
+    torch.Tensor.to = lambda self, *a, **k: self.clone() if a and str(a[0]).startswith("cuda") else true(self, *a, **k)  # a card that is this processor
+    with torch.inference_mode(): assert backends.why_not_triton(0) == ""
+    torch.Tensor.to = true
     print("ok more")
 
 

@@ -4,6 +4,6 @@ from hsi_mamba_nb._lazy import lazy
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "training": ["NonFinite", "evaluate", "fit", "history_table", "show_history"],
     "checkpoint": ["Run", "load", "save"],
-    "protocol": ["BUDGETS", "Budget", "board_table", "compare", "few_labels", "read_board", "show_board"],
+    "protocol": ["BUDGETS", "Budget", "board_table", "compare", "few_labels", "show_board"],
     "map": ["SceneMap", "predict_map", "save_map", "show_map"],
 })

@@ -13,23 +13,42 @@ __all__ = ["CoordsData", "PixelData", "TileData", "chunks", "feed", "release"]
 TILE, OVERLAP = 128, 32  # side of a tile in pixels, and how far neighbours overlap
 
 
-class PixelData(PatchDataset):
-    "Scaled spectra (b,c)."
-    def __init__(self, cube, index, labels=None, scale=None, rows=None, nodata=None):
-        super().__init__(cube, index, labels, 1, scale, rows, nodata)
+class PixelData:
+    "Scaled spectra (b,c). Only the chosen pixels are read."
+    def __init__(self, cube, index, labels=None, scale=None, nodata=None):
+        self.rows, self.cols = np.divmod(np.asarray(index, dtype=np.int64), cube.shape[1])
+        x = np.array(cube[self.rows, self.cols], dtype=np.float32)
+        self.missing = missing_pixels(x, nodata)
+        x = x if scale is None else scale(x)
+        x[self.missing] = 0
+        self.x, self.y = torch.from_numpy(_finite(x)), _truth(labels, self.rows, self.cols)
+
+    def __len__(self):
+        return len(self.rows)
 
     def batch(self, i):
-        x, y = super().batch(i)
-        return x[:, :, 0, 0], y
+        i = torch.as_tensor(np.asarray(i))
+        return self.x[i], None if self.y is None else self.y[i]
+
+
+def _finite(x):
+    "`x` (...,c), or the bands that hold what is no number."
+    if not (ok := np.isfinite(x)).all():
+        bands = ",".join(str(b + 1) for b in np.flatnonzero(~ok.reshape(-1, x.shape[-1]).all(0)))
+        raise InputError(f"the cube holds nan or inf in bands {bands}; leave them out with drop_bands= (--drop-bands {bands})")
+    return x
+
+
+def _truth(labels, rows, cols):
+    return None if labels is None else torch.from_numpy(labels[rows, cols].astype(np.int64))
 
 
 class CoordsData:
     "Rows and columns (b,2) in pixels, float32; no spectrum is read but to find pixels without data."
-    def __init__(self, cube, index, labels=None, rows=None, nodata=None):
-        top, bottom = rows or (0, cube.shape[0])
+    def __init__(self, cube, index, labels=None, nodata=None):
         self.rows, self.cols = np.divmod(np.asarray(index, dtype=np.int64), cube.shape[1])
-        self.missing = missing_pixels(np.asarray(cube[top:bottom]), nodata) if rows else None
-        self.y = None if labels is None else torch.from_numpy(labels[self.rows, self.cols].astype(np.int64))
+        self.missing = missing_pixels(np.asarray(cube[self.rows, self.cols]), nodata)
+        self.y = _truth(labels, self.rows, self.cols)
 
     def __len__(self):
         return len(self.rows)
@@ -59,7 +78,7 @@ class TileData:
         self.tops, self.lefts = _starts(h, tile, overlap), _starts(w, tile, overlap)
         own = [self._owner(at, starts, side, size) for at, starts, side, size in ((self.rows, self.tops, self.shape[0], h), (self.cols, self.lefts, self.shape[1], w))]
         self.owner = own[0]*len(self.lefts) + own[1]
-        self.y = None if labels is None else torch.from_numpy(labels[self.rows, self.cols].astype(np.int64))
+        self.y = _truth(labels, self.rows, self.cols)
         self.used = np.unique(self.owner)  # tiles that own a chosen pixel
 
     @staticmethod
@@ -85,10 +104,7 @@ class TileData:
         gone = missing_pixels(x, self.nodata)
         x = x if self.scale is None else self.scale(x)
         x[gone] = 0
-        if not np.isfinite(x).all():
-            bands = ",".join(str(b + 1) for b in np.flatnonzero(~np.isfinite(x).all((0, 1))))
-            raise InputError(f"the cube holds nan or inf in bands {bands}; leave them out with drop_bands= (--drop-bands {bands})")
-        return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
+        return torch.from_numpy(np.ascontiguousarray(_finite(x).transpose(2, 0, 1)))
 
     def batch(self, i):
         y = None if self.y is None else torch.zeros(len(i), *self.shape, dtype=torch.int64)
@@ -120,9 +136,9 @@ def chunks(data, batch_size: int):
 def feed(model, cube, index, labels=None, scale=None, nodata=None, rows=None, tile=TILE, overlap=OVERLAP):
     "The data of chosen pixels in the form that `model.takes`; `rows` bounds what is read of a large cube."
     if model.takes == "pixel":
-        return PixelData(cube, index, labels, scale, rows, nodata)
+        return PixelData(cube, index, labels, scale, nodata)
     if model.takes == "coords":
-        return CoordsData(cube, index, labels, rows, nodata)
+        return CoordsData(cube, index, labels, nodata)
     if model.takes == "patch":
         return PatchDataset(cube, index, labels, model.patch, scale, rows, nodata)
     if model.takes == "image":
@@ -133,6 +149,8 @@ def feed(model, cube, index, labels=None, scale=None, nodata=None, rows=None, ti
 def release(cube) -> None:
     "Hand back the pages of a memory-mapped file that have been read; they come again when they are needed."
     while cube is not None and not isinstance(cube, mmap.mmap):
-        cube = getattr(cube, "_mmap", None) if isinstance(cube, np.memmap) and getattr(cube, "_mmap", None) is not None else getattr(cube, "base", None)
+        if isinstance(cube, np.memmap) and cube.mode not in ("r", "r+"):  # what was changed in a private copy would be lost
+            return
+        cube = getattr(cube, "base", None)
     if cube is not None and hasattr(cube, "madvise"):
         cube.madvise(mmap.MADV_DONTNEED)

@@ -158,11 +158,14 @@ def _step(accelerator, model, optimizer, x, y, lr, clip, watch) -> tuple: # term
     split = {f"loss_{k}": v for k, v in terms.items()} if len(terms) > 1 else {}
     return {k: float(torch.as_tensor(v).detach()) for k, v in {"loss": loss, **split}.items()}, norm
 
-# %% ../../nbs/5_learn/50_training.ipynb #e4836796
+# %% ../../nbs/5_learn/50_training.ipynb #dfad6bcb
 def _order(n, epoch, args) -> tuple: # the batches of an epoch, steps of the whole run
-    order, passes = batches(n, args["batch_size"], (args["seed"], epoch)), 1
+    def one(*seed): # a pass; of an image, tile by tile
+        if args["batch_size"] > 1: return batches(n, args["batch_size"], seed)
+        return list(np.random.default_rng(seed).permutation(n)[:, None])
+    order, passes = one(args["seed"], epoch), 1
     while len(order) < (args["epoch_steps"] or 1):
-        order += batches(n, args["batch_size"], (args["seed"], epoch, passes))
+        order += one(args["seed"], epoch, passes)
         passes += 1
     return order, args["steps"] or args["epochs"]*len(order)
 

@@ -7,9 +7,8 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/2_scan/gpu_scan.html.md"""
 # %% auto #0
 __all__ = ['plan_programs', 'selective_scan_triton']
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #0704ca90
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #2b4d6539
 import math
-import os
 from contextlib import nullcontext
 
 import torch
@@ -128,7 +127,7 @@ def _tile_back(dy, u, delta, z, B, C, fresh, du, ddelta, dz, dB, dC, box, rate, 
         if SEQ: dh = tl.where(tl.load(fresh + t) != 0, 0., dh)
     return dh, g_rate, g_read, g_skip, g_add
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #6e761e64
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #15f415b4
 @triton.jit
 def _back(dy, u, delta, z, A, B, C, weight, skip, bias, fresh, saved, dend, scratch, du, ddelta, dz, dA, dB, dC, dweight, dskip, dbias,
           sy, ty, su, tu, sd, td, sz, tz, sB, tB, gB, sC, tC, gC, d, n, l, groups, blocks, spans, span, every,
@@ -143,7 +142,7 @@ def _back(dy, u, delta, z, A, B, C, weight, skip, bias, fresh, saved, dend, scra
     du, ddelta, dB, dC = du + i*l*d + c, ddelta + i*l*d + c, dB + (i*l*blocks + k)*n + m, dC + (i*l*blocks + k)*n + m
     dh, g_rate, g_read = _read(dend + (i*spans + s)*d*n + cm, both), tl.zeros((W, N), tl.float32), tl.zeros((W, N), tl.float32)
     g_skip, g_add = tl.zeros((W,), tl.float32), tl.zeros((W,), tl.float32)
-    box = scratch + tl.program_id(0).to(tl.int64)*every*W*N + tl.arange(0, W)[:, None]*N + m[None]
+    box = scratch + tl.program_id(0).to(tl.int64)*min(every, l)*W*N + tl.arange(0, W)[:, None]*N + m[None]
     tiles = tl.cdiv(min((s + 1)*span, l) - s*span, every)
     for j in range(tiles):
         lo = s*span + (tiles - 1 - j)*every
@@ -188,13 +187,14 @@ def _carry(ends, decay, first, start, size, spans, blocks, BACK: tl.constexpr, W
         tl.store(start + at, h, mask=c < size)
         h = _read(decay + at, c < size)*h + _read(ends + at, c < size)
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #5ea1af81
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #352e28ac
 @triton.jit
-def _ends_back(dy, delta, z, A, C, weight, bias, fresh, ends, sy, ty, sd, td, sz, tz, sC, tC, gC, d, n, l, groups, blocks, spans, span,
+def _ends_back(dy, delta, z, A, C, weight, bias, fresh, ends, decay, sy, ty, sd, td, sz, tz, sC, tC, gC, d, n, l, groups, blocks, spans, span,
                GATE: tl.constexpr, FIXED: tl.constexpr, SEQ: tl.constexpr, SOFTPLUS: tl.constexpr, W: tl.constexpr, N: tl.constexpr):
     i, s, k, g, c, in_c = _place(tl.program_id(0), spans, blocks, groups, d, W)
     m, in_m, cm, both = _cells(c, in_c, n, N)
-    rate, add, dh, hi = _read(A + cm, both), _read(bias + c, in_c), tl.zeros((W, N), tl.float32), min((s + 1)*span, l)
+    rate, add, hi = _read(A + cm, both), _read(bias + c, in_c), min((s + 1)*span, l)
+    dh, kept = tl.zeros((W, N), tl.float32), tl.full((W, N), 1., tl.float32)
     for r in range(hi - s*span):
         t = hi - 1 - r
         slope, raw, dt, C_t = _load(dy + i*sy + t*ty + c, delta + i*sd + t*td + c, C + i*sC + t*tC + g*gC + m, add, in_c, in_m, SOFTPLUS)
@@ -202,11 +202,13 @@ def _ends_back(dy, delta, z, A, C, weight, bias, fresh, ends, sy, ty, sd, td, sz
             z_t = _read(z + i*sz + t*tz + c, in_c)
             slope = slope*z_t*_sigmoid(z_t)
         if FIXED: C_t = C_t*_read(weight + cm, both)
-        dh = tl.exp2(dt[:, None]*rate)*(dh + C_t*slope[:, None])
-        if SEQ: dh = tl.where(tl.load(fresh + i*l + t) != 0, 0., dh)
+        a = tl.exp2(dt[:, None]*rate)
+        if SEQ: a = tl.where(tl.load(fresh + i*l + t) != 0, 0., a)
+        dh, kept = a*(dh + C_t*slope[:, None]), a*kept
     tl.store(ends + (i*spans + s)*d*n + cm, dh, mask=both)
+    tl.store(decay + (i*spans + s)*d*n + cm, kept, mask=both)
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #f6dbae11
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #d0e7b7bb
 def plan_programs(
     b:int, # sequences
     l:int, # steps
@@ -214,7 +216,7 @@ def plan_programs(
     n:int, # states of a channel
     groups:int = 1, # of channels, each with its own B and C
 ) -> dict: # W, N, blocks, spans, span, every, warps
-    "How a selective scan is shared out on a GPU; it depends on the shape alone, so the bits do too."
+    "How a selective scan is shared out on a GPU; it depends on the shape alone: the same shape, card and Triton give the same bits."
     power = lambda x: 1 << max(0, x - 1).bit_length() # the next power of two
     wide, N, every = d//groups, power(n), 16
     W = min(power(wide), max(4, 512//N)) # 512 states: 16 registers of each thread of a warp
@@ -223,14 +225,14 @@ def plan_programs(
     span = -(-(-(-l//spans))//every)*every # whole tiles
     return dict(W=W, N=N, blocks=blocks, spans=-(-l//span), span=span, every=every, warps=max(1, min(4, W*N//512)))
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #fb323bb9
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #fed95540
 _walkable = lambda x: x if x is None or x.stride(2) == 1 else x.contiguous() # neighbouring channels next to each other
 
 def _given(u, delta, A, B, C, D, z, delta_bias, weight, seq_idx, softplus) -> tuple: # what kernels read by name, strides by name, flags, plan
     (b, d, l), n = u.shape, A.shape[1]
     zero, flat = u.new_zeros(d, dtype=torch.float32), lambda x: x.float().contiguous()
     x = {k: None if v is None else _walkable(v.transpose(1, 2)) for k, v in dict(u=u, delta=delta, z=z).items()} # (b,l,d)
-    x |= {k: v if v.stride(3) == 1 else v.contiguous() for k, v in dict(B=B.permute(0, 3, 1, 2), C=C.permute(0, 3, 1, 2)).items()} # (b,l,g,n)
+    x |= {k: v if v.stride(3) == 1 else v.contiguous() for k, v in dict(B=B.permute(0, 3, 1, 2), C=C.permute(0, 3, 1, 2)).items()} # (b,l,g,n); ones for what is constant are one row with strides of 0
     strides = {k: (0, 0) if v is None else v.stride()[:v.ndim - 1] for k, v in x.items()}
     x |= dict(A=flat(A)*math.log2(math.e), skip=zero if D is None else flat(D), bias=zero if delta_bias is None else flat(delta_bias))
     x |= dict(weight=None if weight is None else flat(weight), fresh=None)
@@ -246,14 +248,14 @@ def _launch(kernel, given, names, more, strides, flags, extra=(), **options): # 
         kernel[(b*p["blocks"]*p["spans"],)](*(x[k] for k in names.split()), *more, *(s for k in strides.split() for s in where[k]), *sizes, *extra,
                                             **{k: known[k] for k in flags.split()}, **options, W=p["W"], N=p["N"], num_warps=p["warps"])
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #db7b262d
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #91882791
 def _starts(given, first, back=False) -> Tensor: # (b,d,n) at the first (back: last) span -> (b,spans,d,n) at every span
     x, p = given[0], given[3]
     (b, d, n), spans = first.shape, p["spans"]
     if spans == 1: return first
     start, ends, decay = (first.new_empty(b, spans, d, n) for _ in range(3))
-    _launch(_ends, given, "u delta A B bias fresh", (ends, decay), "u delta B", "SEQ SOFTPLUS")
-    if back: _launch(_ends_back, given, "dy delta z A C weight bias fresh", (ends,), "dy delta z C", "GATE FIXED SEQ SOFTPLUS")
+    if back: _launch(_ends_back, given, "dy delta z A C weight bias fresh", (ends, decay), "dy delta z C", "GATE FIXED SEQ SOFTPLUS")
+    else: _launch(_ends, given, "u delta A B bias fresh", (ends, decay), "u delta B", "SEQ SOFTPLUS")
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         _carry[(b*-(-d*n//256),)](ends, decay, first, start, d*n, spans, -(-d*n//256), BACK=back, W=256)
     return start
@@ -274,7 +276,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus, save):
     new = lambda *shape: u.new_empty(shape, dtype=torch.float32)
     return u.new_empty(b, l, d).transpose(1, 2), new(b, d, n), new(*((b, -(-l//every), d, n) if save else (0,)*4))
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #c60d9825
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #5be7726b
 @torch.library.custom_op("hsi_mamba_nb::selective_scan_triton_backward", mutates_args=())
 def _scan_back(dy:Tensor, dlast:Tensor|None, saved:Tensor, u:Tensor, delta:Tensor, A:Tensor, B:Tensor, C:Tensor, D:Tensor|None, z:Tensor|None,
                delta_bias:Tensor|None, W:Tensor|None, seq_idx:Tensor|None, softplus:bool) -> list[Tensor]: # of u, delta, A, B, C, D, z, delta_bias, W
@@ -283,25 +285,26 @@ def _scan_back(dy:Tensor, dlast:Tensor|None, saved:Tensor, u:Tensor, delta:Tenso
     x["dy"] = _walkable(dy.transpose(1, 2))
     strides["dy"] = x["dy"].stride()[:2]
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=u.device)
-    du, ddelta, dz = (v.new_empty(b, l, d) for v in (u, delta, u if z is None else z))
-    sums = [new(b*p["spans"], *shape) for shape in ((d, n), (d, n), (d,), (d,))] # of A, W, D and the bias, for each span
+    du, ddelta, dz = (v.new_empty(b, l, d) if v is not None else u.new_empty(0, 0, 0) for v in (u, delta, z))
+    sums = [new(b*p["spans"], *shape) for shape in ((d, n), (d, n) if W is not None else (0, 0), (d,), (d,))] # of A, W, D and the bias, for each span
     dB, dC = (new(b, l, groups, p["blocks"]//groups, n) for _ in range(2)) # for each block
     first = torch.zeros(b, d, n, device=u.device) if dlast is None else dlast.float().contiguous()
-    if b: _launch(_back, given, "dy u delta z A B C weight skip bias fresh", (saved, _starts(given, first, back=True), new(b*p["blocks"]*p["spans"], p["every"], p["W"], p["N"]),
+    if b: _launch(_back, given, "dy u delta z A B C weight skip bias fresh", (saved, _starts(given, first, back=True), new(b*p["blocks"]*p["spans"], min(p["every"], l), p["W"], p["N"]),
                   du, ddelta, dz, sums[0], dB, dC, *sums[1:]), "dy u delta z B C", "GATE FIXED SEQ SOFTPLUS", (p["every"],))
     dA, dW, dD, dbias = (v.sum(0) for v in sums)
     dB, dC = (v.sum(3).permute(0, 2, 3, 1).to(like.dtype) for v, like in ((dB, B), (dC, C)))
-    return [du.transpose(1, 2), ddelta.transpose(1, 2), dA.to(A.dtype), dB, dC, dD, dz.transpose(1, 2), dbias, dW]
+    return [du.transpose(1, 2), ddelta.transpose(1, 2), dA.to(A.dtype), dB, dC, dD, dz.transpose(1, 2) if z is not None else dz, dbias, dW]
 
 @_scan_back.register_fake
 def _(dy, dlast, saved, u, delta, A, B, C, D, z, delta_bias, W, seq_idx, softplus):
     (b, d, l), small = u.shape, lambda *shape: A.new_empty(shape, dtype=torch.float32)
     long, swapped = lambda v: v.new_empty(b, l, d).transpose(1, 2), lambda v: v.new_empty(b, l, *v.shape[1:3]).permute(0, 2, 3, 1)
-    return [long(u), long(delta), torch.empty_like(A), swapped(B), swapped(C), small(d), long(u if z is None else z), small(d), small(*A.shape)]
+    return [long(u), long(delta), A.new_empty(A.shape), swapped(B), swapped(C), small(d), u.new_empty(0, 0, 0) if z is None else long(z), small(d), small(*(A.shape if W is not None else (0, 0)))]
 
 differentiable(_scan_op, _scan_back, "triton")
+_INTERPRETED = type(_walk).__name__ == "InterpretedFunction" # settled when Triton is imported
 
-# %% ../../nbs/2_scan/24_gpu_scan.ipynb #7302f667
+# %% ../../nbs/2_scan/24_gpu_scan.ipynb #4b214f66
 def selective_scan_triton(
     u:Tensor, # (b,d,l) input on a CUDA device, or anywhere under the interpreter
     delta:Tensor, # (b,d,l) step, before bias and softplus
@@ -317,7 +320,6 @@ def selective_scan_triton(
 ): # y (b,d,l) in u's dtype, and with return_last_state the state (b,d,n) in float32
     "The selective scan in Triton: 16- or 32-bit tensors in and out, 32 bits inside; one state in 16 is kept for the backward pass."
     check_scan_inputs(u, delta, A, B, C, D, z, delta_bias, seq_idx)
-    interpreted = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else os.environ.get("TRITON_INTERPRET") == "1"
-    if not (u.is_cuda or interpreted): raise InputError(f"selective_scan: the triton backend runs on a GPU, u is on {u.device}; use backend='auto'")
-    narrow = lambda x: x.float() if x.dtype == torch.float64 or interpreted else x # the interpreter's bfloat16 is wrong
+    if not (u.is_cuda or _INTERPRETED): raise InputError(f"selective_scan: the triton backend runs on a GPU, u is on {u.device}; use backend='auto'")
+    narrow = lambda x: x.float() if x.dtype == torch.float64 or _INTERPRETED and x.dtype == torch.bfloat16 else x # the interpreter's bfloat16 is wrong
     return through(_scan_op, "triton", narrow, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, seq_idx)

@@ -54,7 +54,7 @@ def through(scan, name: str, convert, u, delta, A, B, C, D, z, delta_bias, delta
     W = None if not fixed else fixed[0] if len(fixed) == 1 else fixed[0]*fixed[1]
 
     def full(x: Tensor) -> Tensor:  # (b,g,n,l)
-        return torch.ones(1, device=x.device).expand(b, groups, n, l) if x.ndim == 2 else convert(x if x.ndim == 4 else x[:, None])
+        return torch.ones(n, device=x.device)[:, None].expand(b, groups, n, l) if x.ndim == 2 else convert(x if x.ndim == 4 else x[:, None])
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     D, z, delta_bias = (x if x is None else convert(x) for x in (D, z, delta_bias))
     y, last, _ = scan(convert(u), convert(delta), convert(A), full(B), full(C), D, z, delta_bias, W, seq_idx, delta_softplus, save)

@@ -18,7 +18,7 @@ from hsi_mamba_nb.files import write_file
 from hsi_mamba_nb.memory import peak_memory
 from hsi_mamba_nb.scan.backends import available_backends, selective_scan
 
-__all__ = ["bench_block", "bench_map", "bench_scan", "machine", "table", "table_block", "table_map"]
+__all__ = ["bench_block", "bench_map", "bench_models", "bench_scan", "machine", "table", "table_block", "table_map", "table_models"]
 
 SHAPES = [("patches", 64, 49, 512, 16), ("patches", 512, 81, 128, 16), ("sequences", 4, 1024, 256, 16), ("sequences", 16, 1024, 128, 16), ("image", 1, 16_384, 128, 16)]
 QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
@@ -239,6 +239,61 @@ def table_block(result: dict) -> str:
     "The result for people."
     return "\n".join([*_head(result), f"Mamba block, forward + backward, float32, batch x length x d_model {' x '.join(map(str, result['shape']))}", "",
                       *(f"{r['block']:<10}{1e3*r['seconds']:>10.1f} ms{r['times_mambapy'] or '-':>9} x mambapy" for r in result["rows"])])
+
+
+def bench_models(
+    quick: bool = False,  # a narrow net, to see that it runs
+    repeats: int = 3,  # rounds of 3 steps, of which the median counts
+    progress: bool = True,
+) -> dict:
+    "A training step of SSA-Mamba's paper variant (batch 16, 144 bands), beside the same net with a loop for its state space, and with none."
+    from copy import deepcopy
+
+    from torch import nn
+
+    from hsi_mamba_nb.models.registry import create_model
+    from hsi_mamba_nb.models.ssa_mamba import SSM
+    from hsi_mamba_nb.scan.recurrence import lti_scan_ref
+    _check(repeats, "cpu")
+
+    class Loop(nn.Module):
+        def __init__(self, ssm):
+            super().__init__()
+            self.ssm = ssm
+
+        def forward(self, x):
+            return lti_scan_ref(x, *self.ssm.discrete())
+
+    def swapped(net, make):
+        for module in list(net.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, SSM):
+                    setattr(module, name, make(child))
+        return net
+    torch.manual_seed(0)
+    whole = create_model("ssa-mamba", 144, 15, variant="paper", **dict(d_model=32, depth=1) if quick else dict(d_model=256, depth=4)).train()
+    nets = {"as it is": whole, "state space in a loop": swapped(deepcopy(whole), Loop), "without state space": swapped(deepcopy(whole), lambda ssm: nn.Identity())}
+    x, y = torch.randn(16, 144, 7, 7), torch.randint(1, 16, (16,))
+    optimizers = {name: torch.optim.AdamW(net.parameters()) for name, net in nets.items()}
+
+    def step(name):
+        loss, _ = nets[name].loss(x, y)
+        loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+    times = {name: [] for name in nets}
+    for _ in tqdm(range(3*repeats + 1), desc="bench models", unit="round", disable=None if progress else True):
+        for name in nets:
+            times[name].append(_time(lambda: step(name)))
+    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+    return dict(command="hsi-mamba bench models" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3), machine=machine(),
+                rows=[dict(net=name, seconds=round(t, 5), over_none=round(t/medians["without state space"], 2)) for name, t in medians.items()])
+
+
+def table_models(result: dict) -> str:
+    "The result for people."
+    return "\n".join([*_head(result), "SSA-Mamba, paper variant: training step, batch 16, 144 bands, float32", "",
+                      *(f"{r['net']:<24}{1e3*r['seconds']:>10.1f} ms{r['over_none']:>8} x the net without its state space" for r in result["rows"])])
 
 
 XIONGAN = (1580, 3750, 256)  # rows, columns, bands: 3 GB of 16-bit numbers

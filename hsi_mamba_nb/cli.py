@@ -210,8 +210,9 @@ def bench(args):
     from hsi_mamba_nb import bench as b
     if args.json and Path(args.json).is_dir():  # before the work, not after it
         raise InputError(f"{args.json}: is a folder; name a file in it")
-    measure, show = {"scan": (b.bench_scan, b.table), "block": (b.bench_block, b.table_block), "map": (b.bench_map, b.table_map)}[args.what]
-    result = measure(args.quick) if args.what == "map" else measure(args.quick, args.repeats, device=args.device)
+    measure, show = {"scan": (b.bench_scan, b.table), "block": (b.bench_block, b.table_block), "map": (b.bench_map, b.table_map),
+                     "models": (b.bench_models, b.table_models)}[args.what]
+    result = measure(args.quick, **{} if args.what == "map" else dict(repeats=args.repeats), **dict(device=args.device) if args.what in ("scan", "block") else {})
     print(show(result))
     if args.json:
         print(f"wrote {b.save(result, args.json)}")
@@ -318,7 +319,7 @@ def _parser():
     c.add_argument("--figure", metavar="FILE.png", help="draw the board")
 
     c = command("bench", bench, "time the selective scan or a Mamba block beside others' in one run")
-    c.add_argument("what", choices=("scan", "block", "map"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights; map: a scene of 3 GB on the disk")
+    c.add_argument("what", choices=("scan", "block", "models", "map"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights; models: SSA-Mamba's training step with and without its state space; map: a scene of 3 GB on the disk")
     c.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to time on (default: cpu); on a GPU mamba_ssm is timed too, where installed")
     c.add_argument("--json", metavar="FILE", help="also write the numbers")
     c.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts (default: 3)")

@@ -164,6 +164,25 @@ def test_names_of_modules_do_not_hide_functions():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
+def test_stand_ins_of_a_tracer_are_not_kept():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    order = ScanOrder("fresh", 4, 5, named_order("hilbert", 4, 5).index)
+    with FakeTensorMode(allow_non_fake_inputs=True): y = order(torch.zeros(1, 4, 5, 2, device="meta"))
+    assert isinstance(y, FakeTensor) and not order._there
+    order(torch.zeros(1, 4, 5, 2, device="meta"))
+    assert [type(v) for lists in order._there.values() for v in lists] == [torch.Tensor]*2
+
+
+def test_farthest_neighbours():
+    "No walk keeps all neighbours nearer than the shorter side; lines along it attain that (Chvatalova 1975)."
+    for h, w in SIZES[1:]:
+        gap = {}
+        for name in NAMES:
+            rank = named_order(name, h, w).rank.view(h, w)
+            gap[name] = max(int(v.max()) for v in (rank.diff(dim=0).abs(), rank.diff(dim=1).abs()) if v.numel())
+        assert min(gap.values()) == gap["row" if w <= h else "column"] == min(h, w)
+
+
 DEVICES = ["meta"] + ["cuda"]*torch.cuda.is_available() + ["mps"]*torch.backends.mps.is_available()
 
 
@@ -203,7 +222,8 @@ def test_compiles(device):
 
 
 @pytest.mark.parametrize("bad, words", [(("hilbrt", 3, 4), "did you mean 'hilbert'"), (("Row", 3, 4), "there are row, row-reversed"), ((None, 3, 4), "None"),
-                                        (("row", 0, 4), "1 or more"), (("row", 3, -1), "1 or more"), (("row", 3., 4), "whole numbers"), (("row", "3", 4), "whole numbers")])
+                                        (("row", 0, 4), "h: expected a whole number of 1 or more, got 0"), (("row", 3, -1), "w: expected a whole number of 1 or more, got -1"),
+                                        (("row", 3., 4), "h: expected a whole number of 1 or more, got 3.0"), (("row", "3", 4), "h: expected a whole number of 1 or more, got '3'")])
 def test_wrong_names_and_sizes(bad, words):
     with pytest.raises(InputError) as e: named_order(*bad)
     assert words in str(e.value) and "\n" not in str(e.value)
@@ -224,6 +244,16 @@ def test_no_permutation(index):
     with pytest.raises(InputError, match="each whole number from 0 to 5 once"): ScanOrder("mine", 2, 3, index)
 
 
+@pytest.mark.parametrize("h, w", [(-2, -3), (2., 3), (2, "3"), (0, 0), (2, None)])
+def test_no_sizes(h, w):
+    with pytest.raises(InputError, match="[hw]: expected a whole number of 1 or more, got"): ScanOrder("mine", h, w, torch.arange(6))
+
+
+def test_sizes_become_plain_numbers():
+    order, bands = ScanOrder("mine", np.int64(2), torch.tensor(3), torch.arange(6)), BandOrder(np.int16(7), 3)
+    assert [type(v) for v in (order.h, order.w, bands.bands, bands.groups)] == [int]*4 and bands == BandOrder(7, 3)
+
+
 def test_own_walk():
     order = ScanOrder("by value", 2, 3, np.array([5, 0, 4, 1, 3, 2], np.int32)[::-1])
     x = image(2, 2, 3, 1)
@@ -241,10 +271,10 @@ def test_neighbour_gap():
 
 
 def directions(names, back):
-    "Walks out and home, or, as in MambaMoE's code, viewed as an image as they are."
+    "The mean of walks out and home, or, as in MambaMoE's code of 2025, viewed as an image as they are."
     def f(x):
         orders = [named_order(name, *x.shape[1:3]) for name in names]
-        return sum(order.inverse(order(x)) if back else order(x).view_as(x) for order in orders)
+        return sum(order.inverse(order(x)) if back else order(x).view_as(x) for order in orders)/len(orders)
     return f
 
 
@@ -315,8 +345,9 @@ def test_bands_gradient_and_copies():
 
 
 def test_wrong_bands():
-    for bad in ((7, 8), (7, 0), (0, 1)):
-        with pytest.raises(InputError, match="groups: expected 1 to"): BandOrder(*bad)
+    with pytest.raises(InputError, match="groups: expected 1 to 7"): BandOrder(7, 8)
+    for bad, name in (((7, 0), "groups"), ((0, 1), "bands"), ((7, 3.), "groups"), ((7., 3), "bands"), ((7, None), "groups")):
+        with pytest.raises(InputError, match=f"{name}: expected a whole number of 1 or more, got"): BandOrder(*bad)
     with pytest.raises(InputError, match=r"x: expected \(...,c\) with c = 7"): BandOrder(7, 3)(torch.zeros(2, 8))
     with pytest.raises(InputError, match=r"y: expected .* = \(...,3,3\)"): BandOrder(7, 3).inverse(torch.zeros(2, 3, 2))
 

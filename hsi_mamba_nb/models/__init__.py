@@ -6,4 +6,5 @@ __getattr__, __dir__, __all__ = lazy(__name__, {
     "baselines": ["CNN1d", "CNN2d", "ClassicalModel", "HybridSN", "Logistic", "NearestCoords", "NearestSpectrum", "RandomForest", "SVM", "SpectralTransformer"],
     "mamba_hsi": ["BothMamba", "MambaHSI", "SpaMamba", "SpeMamba"],
     "registry": ["create_model", "list_models"],
+    "ssa_mamba": ["SSAMamba", "ssa_mamba_ref"],
 })

@@ -7,7 +7,7 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/2_scan/mamba_block.html.md"""
 # %% auto #0
 __all__ = ['mamba_ref', 'short_conv', 'Mamba', 'init_weights', 'BiMamba']
 
-# %% ../../nbs/2_scan/25_mamba_block.ipynb #7cd58f42
+# %% ../../nbs/2_scan/25_mamba_block.ipynb #c92311f9
 import math
 from numbers import Integral
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .backends import selective_scan
+from .backends import _BACKENDS, selective_scan
 from .selection import inverse_softplus, softplus, step_bias
 
 # %% ../../nbs/2_scan/25_mamba_block.ipynb #2d2f980a
@@ -75,17 +75,17 @@ def short_conv(
         y = torch.addcmul(y, past, weight[:, -1 - j])
     return y.mT
 
-# %% ../../nbs/2_scan/25_mamba_block.ipynb #600de5cf
+# %% ../../nbs/2_scan/25_mamba_block.ipynb #e9b50d6e
 def _mark(block, *_) -> None: # also a hook, hence *_
-    "Who keeps off: weight decay from A_log and D, a model-wide initialisation from the step."
+    "Who keeps off: weight decay from A_log and D, a model-wide initialisation from the step and the taps."
     for p in (block.A_log, block.D): p._no_weight_decay = True
-    for p in block.dt_proj.parameters(): p._no_reinit = True
+    for p in (*block.dt_proj.parameters(), *block.conv1d.parameters()): p._no_reinit = True
 
 @torch.no_grad()
 def _start(block, dt_min:float, dt_max:float, dt_init:str, dt_scale:float, dt_init_floor:float) -> None:
     "Rates -1, ..., -n, skip 1, steps spread evenly in log(step)."
     (e, n), weight, size = block.A_log.shape, block.dt_proj.weight, dt_scale*block.dt_proj.in_features**-.5
-    with torch.device("cpu"): # drawn here wherever the block is, so that a seed means the same everywhere
+    with torch.device("cpu"): # whatever the default device; copy_ takes them where the block is
         floor = inverse_softplus(torch.tensor(max(dt_init_floor, 1e-30)))
         block.dt_proj.bias.copy_(step_bias(e, dt_min, dt_max).clamp(min=floor))
         block.A_log.copy_(torch.arange(1., n + 1).log().expand(e, n))
@@ -102,17 +102,23 @@ def _sizes(d_model:int, d_state:int, d_conv:int, expand:float, dt_rank:int|str) 
     if not expand*d_model >= 1: raise InputError(f"expand: expected expand*d_model of at least 1, got {expand!r}*{d_model}")
     return int(expand*d_model), int(r)
 
-# %% ../../nbs/2_scan/25_mamba_block.ipynb #8e079e6e
+# %% ../../nbs/2_scan/25_mamba_block.ipynb #20c62c0e
+def _where(x:Tensor) -> str: # a name to ask autocast about, which knows no meta tensors
+    return x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+
+def _casts(x:Tensor) -> bool: return _where(x) == x.device.type and torch.is_autocast_enabled(x.device.type)
+
 def _mode(block, x:Tensor) -> tuple: # x in the dtype to compute in; dtype of the result, None if as it comes; bfloat16 autocast?
-    "bfloat16 is computed in where autocast or the weights say so; float16 ends at 65504 and becomes float32."
-    auto, weight = torch.is_autocast_enabled(x.device.type), block.in_proj.weight.dtype
-    if not auto and x.dtype != weight: raise InputError(f"x: expected {weight} like the block's weights, got {x.dtype}; use x.to or torch.autocast")
+    "bfloat16 is computed in where autocast or the weights say so; float16 ends at 65504 and becomes float32; float64 stays."
+    auto, weight = _casts(x) and x.dtype != torch.float64, block.in_proj.weight.dtype
+    if x.dtype != weight and (not auto or weight == torch.float64):
+        raise InputError(f"x: expected {weight} like the block's weights, got {x.dtype}; use x.to" + " or torch.autocast"*(torch.float64 not in (weight, x.dtype)))
     kind = torch.get_autocast_dtype(x.device.type) if auto else x.dtype
     return x.float() if kind == torch.float16 else x, None if auto else x.dtype, auto and kind == torch.bfloat16
 
 def _linear(layer, x:Tensor) -> Tensor:
-    "The layer itself, so that its hooks run; float16 weights are read as the float32 of the input."
-    if layer.weight.dtype != torch.float16: return layer(x)
+    "The layer itself, so that its hooks run, where it fits or autocast fits it; other weights are read in the dtype of the input."
+    if layer.weight.dtype == x.dtype or _casts(x): return layer(x)
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 # %% ../../nbs/2_scan/25_mamba_block.ipynb #ebefc67d
@@ -129,25 +135,26 @@ def _wide(kind:torch.dtype) -> torch.dtype: return torch.promote_types(kind, tor
 
 def _rates(block, kind:torch.dtype) -> Tensor: return -torch.exp(block.A_log.to(_wide(kind))) # (e,n)
 
-# %% ../../nbs/2_scan/25_mamba_block.ipynb #5412530c
+# %% ../../nbs/2_scan/25_mamba_block.ipynb #edb13711
 def _through(block, x:Tensor, seq_idx:Tensor|None) -> Tensor: # (b,l,d) -> (b,l,d)
     "The block on whole sequences."
     d = block.in_proj.in_features
     _check("x", x, f"(b,l,d_model) with d_model = {d}", (None, None, d))
     if x.shape[1] < 1: raise InputError(f"x: expected (b,l,d_model) with l >= 1, got {tuple(x.shape)}")
     x, kind, auto = _mode(block, x)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=auto):
+    with torch.autocast(_where(x), torch.bfloat16, enabled=auto):
         u, z = _linear(block.in_proj, x).mT.chunk(2, 1) # (b,e,l) twice: views of (b,l,2e)
-        u = F.silu(short_conv(u, *_taps(block, u.dtype), seq_idx)) # (b,e,l)
+        wide = _wide(u.dtype)
+        u = F.silu(short_conv(u.to(wide), *_taps(block, wide), seq_idx)).to(u.dtype) # (b,e,l)
         delta, B, C = _select(block, u.mT) # (b,l,e), (b,l,n), (b,l,n)
         y = selective_scan(u, delta.mT, _rates(block, u.dtype), B.mT, C.mT, block.D, z, block.dt_proj.bias,
-                           delta_softplus=True, seq_idx=seq_idx, backend=block.backend) # (b,e,l)
+                           delta_softplus=True, seq_idx=seq_idx, backend="torch" if x.is_meta else block.backend) # (b,e,l)
         y = _linear(block.out_proj, y.mT) # (b,l,d)
     return y if kind is None else y.to(kind)
 
-# %% ../../nbs/2_scan/25_mamba_block.ipynb #f08c4532
+# %% ../../nbs/2_scan/25_mamba_block.ipynb #e3fbcdab
 class Mamba(nn.Module):
-    "A Mamba block, (b,l,d_model) -> (b,l,d_model), with the parameters and the start of mamba_ssm's."
+    "A Mamba block, (b,l,d_model) -> (b,l,d_model), with the parameters and the start of mamba_ssm's, but not its layer_idx and use_fast_path."
     def __init__(self,
         d_model:int, # d, channels in and out
         d_state:int = 16, # n, states of an inner channel
@@ -167,6 +174,7 @@ class Mamba(nn.Module):
         dtype=None, # of the parameters; A_log and D at least float32
     ):
         super().__init__()
+        if backend not in (known := ("auto", *_BACKENDS)): raise InputError(f"backend: expected one of {', '.join(known)}, got {backend!r}")
         (e, r), at = _sizes(d_model, d_state, d_conv, expand, dt_rank), dict(device=device, dtype=dtype)
         wide = dict(device=device, dtype=_wide(dtype or torch.get_default_dtype()))
         self.backend, self.start = backend, (dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
@@ -188,9 +196,9 @@ class Mamba(nn.Module):
         (e, n), k = self.A_log.shape, self.conv1d.kernel_size[0]
         return tuple(torch.zeros(b, e, m, device=self.D.device, dtype=_wide(self.D.dtype)) for m in (k - 1, n))
 
-# %% ../../nbs/2_scan/25_mamba_block.ipynb #2e8d151f
+# %% ../../nbs/2_scan/25_mamba_block.ipynb #dbe38762
 def init_weights(
-    model:nn.Module, # whole model or one layer; also as model.apply(init_weights)
+    model:nn.Module, # the whole model, once; model.apply would draw each layer again for every module around it
     std:float = .02, # of the weights
 ) -> nn.Module: # the model
     "Normal weights and zero biases for linear layers and convolutions, but never for a parameter marked `_no_reinit`."
@@ -200,7 +208,7 @@ def init_weights(
                 if not getattr(p, "_no_reinit", False): nn.init.normal_(p, std=std) if name == "weight" else nn.init.zeros_(p)
     return model
 
-# %% ../../nbs/2_scan/25_mamba_block.ipynb #46213393
+# %% ../../nbs/2_scan/25_mamba_block.ipynb #95bef0f8
 def _one_step(block, x:Tensor, state:tuple) -> tuple: # (b,d), (window, h) -> (b,d), new (window, h)
     "The block on one more token."
     (e, n), k, d = block.A_log.shape, block.conv1d.kernel_size[0], block.in_proj.in_features
@@ -208,7 +216,7 @@ def _one_step(block, x:Tensor, state:tuple) -> tuple: # (b,d), (window, h) -> (b
     if not isinstance(state, tuple) or len(state) != 2: raise InputError("state: expected the pair that allocate_state or the last step gave")
     for name, v, m in zip(("window", "h"), state, (k - 1, n)): _check(f"state, {name}", v, f"{(len(x), e, m)}", (len(x), e, m))
     (window, h), (x, kind, auto) = state, _mode(block, x)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=auto):
+    with torch.autocast(_where(x), torch.bfloat16, enabled=auto):
         u, z = _linear(block.in_proj, x).chunk(2, -1) # (b,e) twice
         weight, bias = _taps(block, window.dtype)
         window = torch.cat([window, u[..., None].to(window.dtype)], -1) # (b,e,k)

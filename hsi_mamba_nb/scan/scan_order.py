@@ -38,7 +38,16 @@ def _got(x) -> str:
     "What came instead of what was expected."
     return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
-# %% ../../nbs/2_scan/26_scan_order.ipynb #4ff97ef0
+# %% ../../nbs/2_scan/26_scan_order.ipynb #da5720dd
+def _whole(**sizes) -> list: # of plain whole numbers
+    "Sizes of at least 1, or InputError that names the one that is not."
+    for name, size in sizes.items():
+        try: sizes[name] = as_whole(size)
+        except TypeError: sizes[name] = 0
+        if sizes[name] < 1: raise InputError(f"{name}: expected a whole number of 1 or more, got {size!r}")
+    return list(sizes.values())
+
+# %% ../../nbs/2_scan/26_scan_order.ipynb #9669c908
 @dataclass(frozen=True, eq=False)
 class ScanOrder:
     "A walk over the pixels of an h x w image: a call lines the image up, `inverse` takes every pixel home."
@@ -50,6 +59,7 @@ class ScanOrder:
     _there:dict = field(default_factory=dict, init=False, repr=False) # both lists on other devices
 
     def __post_init__(self):
+        for name, size in zip(("h", "w"), _whole(h=self.h, w=self.w)): object.__setattr__(self, name, size)
         index, l = self.index, self.h*self.w
         index = index.numpy(force=True) if isinstance(index, Tensor) else np.asarray(index)
         if index.shape != (l,) or index.dtype.kind not in "iu" or not np.array_equal(np.sort(index), np.arange(l)):
@@ -63,9 +73,10 @@ class ScanOrder:
 
     def _on(self, device):
         if device.type == "cpu": return self.index, self.rank
-        if (key := (device.type, device.index)) not in self._there:
-            with torch.inference_mode(False): self._there[key] = self.index.to(device), self.rank.to(device)
-        return self._there[key]
+        if (key := (device.type, device.index)) in self._there: return self._there[key]
+        with torch.inference_mode(False): lists = self.index.to(device), self.rank.to(device)
+        if type(lists[0]) is torch.Tensor: self._there[key] = lists # a stand-in of a tracer must not outlive it
+        return lists
 
     def __call__(self,
         x:Tensor, # (b,h,w,d) channels last, any dtype
@@ -129,7 +140,7 @@ def _made(name, h, w) -> ScanOrder:
     index = _PATHS[name.removesuffix("-reversed")](h, w)
     return ScanOrder(name, h, w, index[::-1] if name.endswith("-reversed") else index)
 
-# %% ../../nbs/2_scan/26_scan_order.ipynb #2e7ece97
+# %% ../../nbs/2_scan/26_scan_order.ipynb #2f544144
 def named_order(
     name:str, # one of `list_orders()`
     h:int, # rows, 1 or more
@@ -139,10 +150,7 @@ def named_order(
     if name not in (names := list_orders()):
         near = get_close_matches(str(name), names, 1)
         raise InputError(f"named_order: no order {name!r}; {f'did you mean {near[0]!r}? ' if near else ''}there are {', '.join(names)}")
-    try: h, w = as_whole(h), as_whole(w)
-    except TypeError: raise InputError(f"named_order: h and w must be whole numbers, got {h!r} and {w!r}") from None
-    if h < 1 or w < 1: raise InputError(f"named_order: h and w must be 1 or more, got {h} and {w}")
-    return _made(name, h, w)
+    return _made(name, *_whole(h=h, w=w))
 
 # %% ../../nbs/2_scan/26_scan_order.ipynb #ad0352bc
 def neighbour_gap(
@@ -173,7 +181,7 @@ def check_returns_home(
         found = ", ".join(str(divmod(q, w)) for q in landed[p].nonzero()[:, 0].tolist())
         raise AssertionError(f"{h} x {w}: pixel {divmod(p, w)} lands at {found or 'no place'}, expected {divmod(p, w)} alone")
 
-# %% ../../nbs/2_scan/26_scan_order.ipynb #432f4bf6
+# %% ../../nbs/2_scan/26_scan_order.ipynb #f447cb2c
 @dataclass(frozen=True)
 class BandOrder:
     "Neighbouring bands in groups, a group for each step: a call cuts spectra, `inverse` joins them again."
@@ -182,7 +190,8 @@ class BandOrder:
     reverse:bool = False # the last group first
 
     def __post_init__(self):
-        if not 1 <= self.groups <= self.bands: raise InputError(f"groups: expected 1 to {self.bands} groups for {self.bands} bands, got {self.groups}")
+        for name, size in zip(("bands", "groups"), _whole(bands=self.bands, groups=self.groups)): object.__setattr__(self, name, size)
+        if self.groups > self.bands: raise InputError(f"groups: expected 1 to {self.bands} groups for {self.bands} bands, got {self.groups}")
 
     @property
     def size(self) -> int: return -(-self.bands//self.groups) # places in a group

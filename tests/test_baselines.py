@@ -140,6 +140,91 @@ def test_wrong_state(name):
             made(name, bands=5).load_state_dict(model.state_dict())
 
 
+def before_and_after(model, state, match, **options):
+    "A refused load leaves a model that has learned as it was."
+    x, old = some(model, 20), {k: v.clone() for k, v in model.state_dict().items()}
+    said, made_before = model(x), model._made
+    with pytest.raises(RuntimeError, match=match) as e:
+        model.load_state_dict(state, **options)
+    assert len(str(e.value).strip().splitlines()) == 2  # torch's own head line, and one of ours
+    assert model._made is made_before and torch.equal(model(x), said)
+    assert all(torch.equal(v, old[k]) for k, v in model.state_dict().items())
+    return model
+
+
+@pytest.mark.parametrize("source, target, match", [
+    ("nearest-spectrum", "svm", "chosen: 0 settings, svm has 2"), ("svm", "logistic", "chosen: 2 settings, logistic has 1"), ("logistic", "svm", "chosen: 1 settings, svm has 2"),
+    ("svm", "nearest-spectrum", "chosen: 2 settings, nearest-spectrum has 0"), ("nearest-coords", "svm", "size mismatch"), ("cnn-1d", "svm", "another kind of model"),
+    ("random-forest", "nearest-coords", "size mismatch")])
+def test_foreign_states(source, target, match):
+    state = learned(source).state_dict()
+    before_and_after(learned(target), state, match)
+    fresh = made(target)
+    with pytest.raises(RuntimeError, match=match):
+        fresh.load_state_dict(state)
+    with pytest.raises(InputError, match="learned nothing"):
+        fresh(some(fresh, 2))
+
+
+@classical
+def test_broken_states(name):
+    model = learned(name, n=30)
+    state = model.state_dict()
+    for change, match in ((dict(y_train=state["y_train"][:9]), "30 samples need as many"), (dict(x_train=state["x_train"][:, :1]), "size mismatch"),
+                          (dict(x_train=state["x_train"][0]), "size mismatch"), (dict(y_train=state["y_train"] + 1), "classes 2 to 5, this model has 4"),
+                          (dict(y_train=state["y_train"] - 1), "classes 0 to 3"), (dict(y_train=state["y_train"].float()), "whole labels"), (dict(seed=torch.zeros(2)), "one seed"),
+                          (dict(chosen=torch.ones(7)), "chosen: 7 settings")):
+        before_and_after(learned(name, n=17, labels=(1, 2, 3, 4)), {**state, **change}, match)
+    part = {k: v for k, v in state.items() if k != "chosen"}
+    for options in ({}, dict(strict=False)):  # half a memory is none, and one with more is another's
+        before_and_after(learned(name, n=17), part, "keeps x_train", **options)
+        before_and_after(learned(name, n=17), {**state, "extra": torch.ones(1)}, "keeps x_train", **options)
+    other = learned(name, n=17)
+    said = other(some(other, 9))
+    result = other.load_state_dict({}, strict=False)
+    assert len(result.missing_keys) == 4 and torch.equal(other(some(other, 9)), said)
+    nothing = made(name).state_dict()  # a model that has learned nothing can be loaded too
+    other.load_state_dict(nothing)
+    with pytest.raises(InputError, match="learned nothing"):
+        other(some(other, 2))
+
+
+@classical
+def test_inside_another_module(name):
+    pair, other = torch.nn.ModuleList([learned(name), torch.nn.Linear(2, 2)]), torch.nn.ModuleList([made(name), torch.nn.Linear(2, 2)])
+    other.load_state_dict(pair.state_dict())
+    x = some(pair[0], 9)
+    assert torch.equal(pair[0](x), other[0](x))
+    with pytest.raises(RuntimeError, match="0.y_train: classes"):
+        torch.nn.ModuleList([made(name, classes=3), torch.nn.Linear(2, 2)]).load_state_dict(pair.state_dict())
+
+
+@classical
+@pytest.mark.parametrize("cast", ["float", "half", "bfloat16", "double"])
+def test_casts_change_nothing(name, cast):
+    "Neither what is remembered nor what is answered, also where the estimator is fitted after the cast."
+    model = learned(name)
+    x, old = some(model, 30), model.state_dict()
+    said = model(x)
+    for m in (copy.deepcopy(model), made(name)):
+        m.load_state_dict(old)
+        assert getattr(m, cast)() is m
+        assert torch.equal(m(x), said)
+        assert all(torch.equal(v, old[k]) and v.dtype == old[k].dtype for k, v in m.state_dict().items())
+    away = made(name).to("meta")
+    assert all(v.is_meta for v in away.state_dict().values())
+
+
+def test_samples_are_copied_once(monkeypatch):
+    "After the first answer the samples stay where they are, also for a model of a single class."
+    for labels in ((1, 2, 4), (2,)):
+        model = learned("svm", labels=labels)
+        x, said = some(model, 9), model(some(model, 9))
+        model.x_train = model.x_train*float("nan")  # never looked at again
+        monkeypatch.setattr(model, "_make", None)
+        assert torch.equal(model(x), said)
+
+
 def test_options():
     for name, config, what in (("svm", dict(C=0.), "C must be"), ("svm", dict(gamma=float("nan")), "gamma must be"), ("logistic", dict(C=-1.), "C must be"),
                                ("random-forest", dict(trees=0), "trees must be"), ("cnn-1d", dict(kernel=0), "kernel must be"), ("cnn-2d", dict(patch=4), "odd"),
@@ -155,7 +240,7 @@ def test_options():
 
 @pytest.mark.parametrize("name", ["svm", "logistic"])
 def test_choice_is_on_validation(name):
-    "Validation labels alone decide: the chosen setting scores best on them, the first of equals wins, and test accuracy has no say."
+    "Validation labels alone decide: the chosen setting scores best on them, the first of equals stays, and test accuracy has no say."
     rng = np.random.default_rng(4)
     x, x_val, y = rng.normal(size=(40, 13)).astype(np.float32), rng.normal(size=(40, 13)).astype(np.float32), rng.integers(1, 5, 40)
     model = made(name)

@@ -129,6 +129,32 @@ def test_loss_reads_labelled_pixels_alone():
     compare(net.loss(x, y)[0], torch.nn.functional.cross_entropy(net(x)[1, :, 2, 3][None], torch.tensor([1])))
 
 
+def test_tiles_matter_by_the_norms_alone():
+    "Halves cut where coarse cells meet: the spectral branch reads pixel by pixel, so without group norms halves and whole agree, and with them they do not."
+    net, x = make(mamba_type="spe"), draw(1, 6, 8, 16)
+    coarse = lambda net, x: net.cls_head(net.mamba(net.patch_embedding(x)))
+    apart = lambda net: torch.cat([coarse(net, half) for half in x.split(8, 3)], 3)
+    with pytest.raises(AssertionError): compare(apart(net), coarse(net, x), 1e-2)
+    for parent in list(net.modules()):
+        for name, m in parent.named_children():
+            if isinstance(m, torch.nn.GroupNorm): setattr(parent, name, torch.nn.Identity())
+    compare(apart(net), coarse(net, x), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["spa", "both"])
+def test_state_and_taps_switch_off_the_past(kind):
+    "With the state unread and the past taps at zero, a token of the scan knows itself alone; each of them alone carries the past."
+    net, z = make(mamba_type=kind).mamba[0], draw(1, 12, 8, seed=2)
+    block, kicked = (net.spa_mamba if kind == "both" else net).mamba, z.clone()
+    kicked[0, 4] += 1
+    for state, taps, reach in ((True, True, True), (True, False, True), (False, True, True), (False, False, False)):
+        m = copy.deepcopy(block)
+        if not state: m.x_proj.weight.data[-16:] = 0
+        if not taps: m.conv1d.weight.data[..., :-1] = 0
+        moved = (m(kicked) - m(z)).abs().amax(2)[0]
+        assert not moved[:4].any() and moved[4] > 0 and bool(moved[5:].any()) == reach
+
+
 def test_weights_travel():
     net, x = make(), draw(1, 6, 5, 7)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), make(seed=1)):

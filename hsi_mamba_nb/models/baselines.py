@@ -1,4 +1,4 @@
-"""A map of where the labels are, one spectrum, its neighbours in wavelength, its neighbours in space, each with its best cheap reader; and below it all, the accuracy that nobody can beat.
+"""A map of where the labels are, one spectrum, its neighbours in wavelength, its neighbours in space, each with a cheap reader; and beside them, what a reader gets that knows how the scene was drawn.
 
 Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/4_models/baselines.html.md"""
 
@@ -40,7 +40,7 @@ def _checked(who, x, y, features, classes) -> tuple: # (n,f) float32, (n,) int64
     if not (y.dtype.kind in "iu" and 1 <= y.min() and y.max() <= classes): raise InputError(f"{who}: labels must be whole numbers 1 to {classes}; leave out unlabelled pixels (0)")
     return x, y.astype(np.int64)
 
-# %% ../../nbs/4_models/40_baselines.ipynb #2498240d
+# %% ../../nbs/4_models/40_baselines.ipynb #cf50d149
 def _remember(model, x, y, setting, seed) -> None:
     "Put samples and settings into the buffers."
     new = dict(x_train=torch.tensor(x), y_train=torch.tensor(y), chosen=torch.tensor(setting, dtype=torch.float64), seed=torch.tensor(seed))
@@ -50,20 +50,45 @@ def _recall(model, x) -> Tensor: # (b,f) -> (b,k) on the same device
     "Scores from what was learned; an estimator is fitted first where there is none yet."
     if not len(model.y_train): raise InputError(f"{model.name or type(model).__name__}: has learned nothing yet; call learn, or load a run that has")
     if x.ndim != 2 or x.shape[1] != model.x_train.shape[1]: raise InputError(f"x: must be (b,{model.x_train.shape[1]}), got {tuple(x.shape)}")
-    known, y = model.x_train.float().cpu().numpy(), model.y_train.cpu().numpy()
-    if model._made is None: model._made = model._make(known, y, int(model.seed), model.chosen.tolist())
-    return torch.from_numpy(model._answer(model._made, x.detach().float().cpu().numpy(), y)).to(x.device)
+    if model._made is None: # once: later calls leave the samples where they are
+        known, y = model.x_train.float().cpu().numpy(), model.y_train.cpu().numpy()
+        model._made = model._make(known, y, int(model.seed), model.chosen.tolist())
+    return torch.from_numpy(model._answer(model._made, x.detach().float().cpu().numpy())).to(x.device)
 
-def _resize(model, state, prefix, errors) -> None:
+def _resize(model, state, prefix) -> None:
     "Give the buffers the size of what is about to be loaded, and forget the estimator."
-    for name, old in model._buffers.items():
-        new = state.get(prefix + name)
-        if new is not None and new.shape[1:] == old.shape[1:]: model._buffers[name] = old.new_empty(new.shape)
-    labels, model._made = state.get(prefix + "y_train"), None
-    if labels is not None and len(labels) and not 1 <= labels.min() <= labels.max() <= model.classes: errors.append(f"{prefix}y_train: classes {labels.min()} to {labels.max()}, this model has {model.classes}")
+    for name, old in model._buffers.items(): model._buffers[name] = old.new_empty(state[prefix + name].shape)
+    model._made = None
 
-# %% ../../nbs/4_models/40_baselines.ipynb #d73c14fc
-class ClassicalModel(HSIModel):
+# %% ../../nbs/4_models/40_baselines.ipynb #829dde3f
+def _misfit(model, state, prefix) -> str: # empty where it fits
+    "Why a state cannot be loaded, in one line."
+    who, names = model.name or type(model).__name__, list(model._buffers)
+    found = [k[len(prefix):] for k in state if k.startswith(prefix)]
+    if set(names) != set(found): return f"{who} keeps {', '.join(names)}; the state holds {', '.join(found[:5]) or 'nothing'}; was it saved from another kind of model?"
+    x, y, chosen, seed = (state[prefix + n] for n in ("x_train", "y_train", "chosen", "seed"))
+    if x.ndim != 2 or x.shape[1] != model.x_train.shape[1]: return f"{prefix}x_train: size mismatch: {tuple(x.shape)}, {who} reads (n,{model.x_train.shape[1]}); was it made for another scene?"
+    if y.shape != x.shape[:1] or y.is_floating_point() or seed.numel() != 1: return f"{prefix}y_train: {len(x)} samples need as many whole labels and one seed, got {tuple(y.shape)} {y.dtype} and {seed.numel()}"
+    want = len(model.settings)*bool(len(y))
+    if chosen.shape != (want,): return f"{prefix}chosen: {chosen.numel()} settings, {who} has {want}; was it saved from another kind of model?"
+    if len(y) and not 1 <= y.min() <= y.max() <= model.classes: return f"{prefix}y_train: classes {y.min()} to {y.max()}, this model has {model.classes}"
+    return ""
+
+class _Memory(HSIModel):
+    "Buffers that are loaded all or not at all, move between devices and keep their numbers."
+    def _apply(self, fn, recurse=True): # .float(), .half(), .to(...): buffers move and keep their numbers
+        kept = {name: b for name, b in self._buffers.items() if not b.is_meta}
+        super()._apply(fn, recurse)
+        for name, b in kept.items(): self._buffers[name] = b.to(self._buffers[name].device)
+        return self
+    def _load_from_state_dict(self, state, prefix, *rest):
+        if any(k.startswith(prefix) for k in state):
+            if misfit := _misfit(self, state, prefix): return rest[-1].append(misfit) # and nothing is touched
+            _resize(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+# %% ../../nbs/4_models/40_baselines.ipynb #0cdc0cf9
+class ClassicalModel(_Memory):
     "A model without gradients. It keeps samples and settings in buffers; its estimator is fitted again from them when first asked."
     takes = "pixel"
     settings = () # names of what is chosen on validation
@@ -76,13 +101,15 @@ class ClassicalModel(HSIModel):
         memory = dict(x_train=torch.empty(0, 2 if self.takes == "coords" else bands), y_train=torch.empty(0, dtype=torch.int64),
                       chosen=torch.empty(0, dtype=torch.float64), seed=torch.tensor(0))
         for name, value in memory.items(): self.register_buffer(name, value)
-    def _candidates(self, x) -> list: return [()] # tuples of settings, from smooth to sharp
+    def _candidates(self, x) -> list: return [()] # tuples of settings; of equals, the first stays
     def _fit(self, x, y, seed, *setting): raise NotImplementedError # an estimator
     def _proba(self, made, x) -> np.ndarray: return made.predict_proba(x) # (n,m), classes of training in rising order
-    def _make(self, x, y, seed, setting): return self._fit(x, y, seed, *setting) if np.ptp(y) else None # one class needs no estimator
-    def _answer(self, made, x, y) -> np.ndarray: # (n,k)
+    def _make(self, x, y, seed, setting) -> tuple: # what answers: an estimator, the classes it knows
         present = np.unique(y)
-        p = self._proba(made, x) if made is not None and len(x) else np.ones((len(x), len(present)))
+        return self._fit(x, y, seed, *setting) if len(present) > 1 else None, present # one class needs no estimator
+    def _answer(self, made, x) -> np.ndarray: # (n,k)
+        estimator, present = made
+        p = self._proba(estimator, x) if estimator is not None and len(x) else np.ones((len(x), len(present)))
         return _scores(p, present, self.classes)
 
     def learn(self,
@@ -98,16 +125,13 @@ class ClassicalModel(HSIModel):
         tried, best = self._candidates(x), (-1.,)
         for setting in tried:
             made = self._make(x, y, seed, setting)
-            oa = float((self._answer(made, x_val, y).argmax(1) + 1 == y_val).mean())
-            if oa > best[0]: best = oa, setting, made # the first of equals stays
+            oa = float((self._answer(made, x_val).argmax(1) + 1 == y_val).mean())
+            if oa > best[0]: best = oa, setting, made
         _remember(self, x, y, best[1], seed)
         self._made = best[2]
         return dict(zip(self.settings, best[1]), val_oa=best[0], tried=len(tried))
     def forward(self, x:Tensor) -> Tensor: # (b,f) -> (b,k)
         return _recall(self, x)
-    def _load_from_state_dict(self, state, prefix, *rest):
-        _resize(self, state, prefix, errors=rest[-1])
-        super()._load_from_state_dict(state, prefix, *rest)
 
 # %% ../../nbs/4_models/40_baselines.ipynb #61dd6ad5
 class NearestCoords(ClassicalModel):

@@ -51,8 +51,8 @@ class SpaMamba(_Branch):
         tokens = rows.flatten(0, 2)[None] if self.variant == "paper" else rows.flatten(1, 2) # (1,b*h*w,d) or (b,h*w,d)
         return self.proj(self.mamba(tokens).view(rows.shape).permute(0, 3, 1, 2))
 
-# %% ../../nbs/4_models/45_mamba_hsi.ipynb #3dc23095
-_PORTION = 4096 # pixels: less memory traffic than all at once, half the time measured on a CPU
+# %% ../../nbs/4_models/45_mamba_hsi.ipynb #f40cc5fb
+_PORTION = 4096 # pixels: a portion stays in the cache of a CPU, all at once do not
 
 # %% ../../nbs/4_models/45_mamba_hsi.ipynb #15f429f5
 class SpeMamba(_Branch):

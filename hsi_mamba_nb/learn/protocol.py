@@ -298,7 +298,7 @@ def compare(
     if world > 1: done |= {key(row): row for row in read_rows(out)}
     return [done[key(j)] for j in jobs if key(j) in done]
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #1c7c63c9
+# %% ../../nbs/5_learn/52_protocol.ipynb #fea7ee2c
 _of = lambda rows, k: float(np.mean([r[k] for r in rows if r[k] is not None] or [np.nan]))
 
 def _by_split(rows, k="oa") -> dict: # hash -> mean over first weights
@@ -315,9 +315,10 @@ def _tests(models) -> dict: # model -> corrected p against the reference, where 
 def _line(m, rows, p) -> str:
     splits, flops = list(_by_split(rows).values()), rows[0]["flops"]
     spread = f"+-{np.std(splits, ddof=1):.3f}" if len(splits) > 1 else "      "
-    return (f"  {m + '*'*rows[0]['sees_test_spectra']:<26}{np.mean(splits):>7.3f} {spread}" + "".join(f"{_of(rows, k):>8.3f}" for k in ("aa", "kappa", "oa_border", "oa_inside"))
-            + f"{f'{p[m]:.2f}' if m in p else '-':>6}{rows[0]['parameters'] or '-':>9}{'-' if flops is None else f'{flops/1e6:.2f}':>8}{_of(rows, 'steps'):>7.0f}"
-            + "".join(f"{_of(rows, k):>8.0f}" for k in ("train_seconds", "pixel_microseconds", "extra_mb")))
+    show = lambda k, digits: "-" if np.isnan(v := _of(rows, k)) else f"{v:.{digits}f}" # nothing to count
+    return (f"  {m + '*'*rows[0]['sees_test_spectra']:<26}{np.mean(splits):>7.3f} {spread}" + "".join(f"{show(k, 3):>8}" for k in ("aa", "kappa", "oa_border", "oa_inside"))
+            + f"{f'{p[m]:.2f}' if m in p else '-':>6}{rows[0]['parameters'] or '-':>9}{'-' if flops is None else f'{flops/1e6:.2f}':>8}{show('steps', 0):>7}"
+            + "".join(f"{show(k, 0):>8}" for k in ("train_seconds", "pixel_microseconds", "extra_mb")))
 
 # %% ../../nbs/5_learn/52_protocol.ipynb #a35cfdb4
 def _one_table(models) -> list: # lines

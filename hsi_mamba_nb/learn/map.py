@@ -51,7 +51,7 @@ def predict_map_ref(
     p = np.stack(p).reshape(h, w, -1)
     return SceneMap((p.argmax(-1) + 1).astype(np.int16), p.max(-1), run.class_names)
 
-# %% ../../nbs/5_learn/53_map.ipynb #d5cf9f3f
+# %% ../../nbs/5_learn/53_map.ipynb #54476905
 def _scaled_once(data): # in place: the padded strip is a copy already
     if getattr(data, "padded", None) is not None and data.scale is not None:
         data.padded = data.padded.astype(np.float32, copy=False)
@@ -65,7 +65,7 @@ def _strips(run, scene, strip): # positions, probabilities (m,k), which hold no 
     for top in range(0, h, strip):
         bottom = min(top + strip, h)
         data = _scaled_once(feed(run.model, scene.cube, np.arange(top*w, bottom*w), None, run.scale, scene.nodata, rows=(top, bottom)))
-        yield slice(top*w, bottom*w), predict_proba(run, data), data.missing.ravel() # (m,) or (rows,w)
+        yield slice(top*w, bottom*w), predict_proba(run, data), data.missing.ravel()
 
 @torch.no_grad()
 def _tiles(run, scene, data): # the same for an image model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hsi_mamba_nb.errors import InputError
 
-__all__ = ["append_row", "read_rows", "write_file"]
+__all__ = ["append_row", "read_rows", "result_rows", "write_file"]
 
 
 def write_file(
@@ -89,6 +89,22 @@ def read_rows(
         elif line.strip() and (i < len(lines) - 1 or not rows):
             raise InputError(f"{path}: line {i + 1} is not a row; delete that line, or choose another file")
     return rows
+
+
+def result_rows(
+    name: str,  # of a file in the repository's folder results
+) -> list[dict]:
+    "The rows of a published result file: from the checkout, or where the package is installed alone, from the project's page."
+    path = Path(__file__).parents[1]/"results"/name
+    if path.is_file():
+        return read_rows(path)
+    from urllib.request import urlopen
+    url = f"https://raw.githubusercontent.com/hsi-mamba-nb/hsi-mamba-nb/main/results/{name}"
+    try:
+        with urlopen(url, timeout=30) as answer:
+            return [json.loads(line) for line in answer.read().splitlines() if line.strip()]
+    except (OSError, ValueError) as e:
+        raise InputError(f"results/{name}: not beside the package, and {url} cannot be read ({getattr(e, 'reason', e)}); clone the repository") from None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from test_cli import run as command
 
 from hsi_mamba_nb.errors import InputError
-from hsi_mamba_nb.files import append_row, read_rows
+from hsi_mamba_nb.files import append_row, read_rows, result_rows
 from hsi_mamba_nb.learn import Run, compare, evaluate, fit, predict_map
 from hsi_mamba_nb.learn.feed import TileData, feed, release
 from hsi_mamba_nb.learn.protocol import BUDGETS, best_possible, board_table, few_labels, run_row, variance_parts
@@ -242,3 +242,11 @@ class TestKnownBugs:
 
 def test_best_possible():
     assert np.isnan(best_possible("berlin", 1)) and best_possible("hard-space", 5) > best_possible("hard-space", 1)
+
+
+def test_published_rows_are_read_from_the_checkout_or_refused_in_one_line(monkeypatch):
+    assert len(result_rows("board.jsonl")) >= 198
+
+    def offline(*_, **__): raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(InputError, match="no-such.jsonl.*clone the repository"): result_rows("no-such.jsonl")

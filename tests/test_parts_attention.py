@@ -44,6 +44,7 @@ def test_laws(b, l, m, d, heads):
     order, turn = torch.randperm(m), torch.randperm(l)
     compare(attention_ref(q, k[:, order], v[:, order], heads), y, 1e-12)
     compare(attention_ref(q[:, turn], k, v, heads), y[:, turn], 1e-12)
+    compare(attention_ref(q[:, :1], k, v, heads), y[:, :1], 1e-12)  # a question alone: the softmax over the wrong axis fails here
     compare(attention_weights(q, k[:, order], heads), a[..., order], 1e-12)
     compare(attention_ref(q, k[:, :1].expand_as(k), v, heads), v.mean(1, keepdim=True).expand_as(q), 1e-12)
     assert v.min() - 1e-12 <= y.min() and y.max() <= v.max() + 1e-12  # a mean
@@ -60,7 +61,9 @@ def test_large_scores_take_the_best_and_stay_finite():
 
 def test_softmax_over_the_wrong_axis_is_caught():
     q, k, _ = (x.detach() for x in tensors(2, 3, 5, 6))
-    with expect_fail(): compare(attention_weights(k, q, 3).mT, attention_weights(q, k, 3))
+    wrong = lambda q, k: attention_weights(k, q, 3).mT
+    with expect_fail(): compare(wrong(q, k), attention_weights(q, k, 3))
+    with expect_fail(): compare(wrong(q[:, :1], k), wrong(q, k)[:, :, :1])
     with expect_fail(): compare(attention_weights(q*2**.5, k, 3), attention_weights(q, k, 3))
 
 
@@ -75,6 +78,25 @@ def test_module(b, l, m, d, heads):
     compare(net.weights(s, t), attention_weights(net.q(s), net.k(t), heads), 0.)
     assert [name for name, _ in net.named_parameters()] == ["q.weight", "k.weight", "v.weight", "o.weight", "norm.weight", "norm.bias"]
     assert sum(p.numel() for p in net.parameters()) == 4*d*d + 2*d
+
+
+@pytest.mark.parametrize("b, l, m, d, heads", SIZES)
+def test_module_keeps_the_laws_and_reports_the_weights_it_uses(b, l, m, d, heads):
+    torch.manual_seed(1)
+    net, (s, t, _) = CrossAttention(d, heads).double(), [x.detach() for x in tensors(b, l, m, d)]
+    for p in net.parameters(): nn.init.normal_(p)
+    with torch.no_grad():
+        y, a, values = net(s, t), net.weights(s, t), net.v(t).unflatten(-1, (heads, -1)).transpose(1, 2)
+        rebuilt = lambda a: net.norm(net.o((a @ values).transpose(1, 2).flatten(2)))
+        compare(rebuilt(a), y, 1e-9)
+        if heads > 1 and m > 1:
+            with expect_fail(): compare(rebuilt(a.flip(1)), y)
+        compare(net(s, t.flip(1)), y, 1e-9)
+        compare(net(s[:, :1], t), y[:, :1], 1e-9)
+        net.q.weight *= 1e8
+        compare(net(s, t), rebuilt(F.one_hot(a.argmax(-1), m).double()), 1e-9)
+        net.k.weight.zero_()
+        compare(net(s, t), rebuilt(torch.full_like(a, 1/m)), 1e-9)
 
 
 def test_defaults_and_the_paper_s_size():
@@ -101,6 +123,10 @@ def test_directions(direction, aligned):
     y = net(s, t)
     assert y.shape == (4, l, d)
     compare(y, parts(net, s, t))
+    if net.voice and net.back:  # the voice hears the bands, not what they bring home
+        rows = net.back(t, s)
+        wrong = (net.voice(rows).softmax(1)*rows).sum(1, keepdim=True).expand(-1, l, -1) + (net.ask(s, t) if net.ask else 0)
+        with expect_fail(): compare(y, wrong)
     check_batch_independent(lambda x: net(x[:, :l], x[:, l:]), torch.cat([s, t], 1))
     attentions, voice = {"asymmetric": 1, "reverse": 1, "symmetric": 2, "none": 0}[direction], direction != "asymmetric" and not aligned
     assert sum(p.numel() for p in net.parameters()) == attentions*(4*d*d + 2*d) + voice*d

@@ -1,4 +1,4 @@
-"""Who needs the answer asks: a label for every pixel wants pixels that ask and bands that answer; a question about the whole patch wants the reverse.
+"""One row comes back per question: if rows stay apart, who asks decides what can be known; if they are averaged afterwards, pixels that ask answer for the whole patch, too.
 
 Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/3_parts/asymmetric_attention.html.md"""
 

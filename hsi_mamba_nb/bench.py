@@ -18,7 +18,7 @@ from hsi_mamba_nb.files import write_file
 from hsi_mamba_nb.memory import peak_memory
 from hsi_mamba_nb.scan.backends import available_backends, selective_scan
 
-__all__ = ["bench_block", "bench_map", "bench_models", "bench_scan", "machine", "table", "table_block", "table_map", "table_models"]
+__all__ = ["bench_block", "bench_clusters", "bench_experts", "bench_map", "bench_models", "bench_scan", "machine", "table", "table_block", "table_clusters", "table_experts", "table_map", "table_models"]
 
 SHAPES = [("patches", 64, 49, 512, 16), ("patches", 512, 81, 128, 16), ("sequences", 4, 1024, 256, 16), ("sequences", 16, 1024, 128, 16), ("image", 1, 16_384, 128, 16)]
 QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
@@ -241,6 +241,22 @@ def table_block(result: dict) -> str:
                       *(f"{r['block']:<10}{1e3*r['seconds']:>10.1f} ms{r['times_mambapy'] or '-':>9} x mambapy" for r in result["rows"])])
 
 
+def _step_times(nets, x, y, rounds, desc, progress) -> dict:
+    "Median seconds of a training step of each net, in turn; the first round compiles and does not count."
+    optimizers = {name: torch.optim.AdamW(net.parameters()) for name, net in nets.items()}
+
+    def step(name):
+        loss, _ = nets[name].loss(x, y)
+        loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+    times = {name: [] for name in nets}
+    for _ in tqdm(range(rounds + 1), desc=desc, unit="round", disable=None if progress else True):
+        for name in nets:
+            times[name].append(_time(lambda: step(name)))
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
 def bench_models(
     quick: bool = False,  # a narrow net, to see that it runs
     repeats: int = 3,  # rounds of 3 steps, of which the median counts
@@ -273,19 +289,7 @@ def bench_models(
     torch.manual_seed(0)
     whole = create_model("ssa-mamba", 144, 15, variant="paper", **dict(d_model=32, depth=1) if quick else dict(d_model=256, depth=4)).train()
     nets = {"as it is": whole, "state space in a loop": swapped(deepcopy(whole), Loop), "without state space": swapped(deepcopy(whole), lambda ssm: nn.Identity())}
-    x, y = torch.randn(16, 144, 7, 7), torch.randint(1, 16, (16,))
-    optimizers = {name: torch.optim.AdamW(net.parameters()) for name, net in nets.items()}
-
-    def step(name):
-        loss, _ = nets[name].loss(x, y)
-        loss.backward()
-        optimizers[name].step()
-        optimizers[name].zero_grad()
-    times = {name: [] for name in nets}
-    for _ in tqdm(range(3*repeats + 1), desc="bench models", unit="round", disable=None if progress else True):
-        for name in nets:
-            times[name].append(_time(lambda: step(name)))
-    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+    medians = _step_times(nets, torch.randn(16, 144, 7, 7), torch.randint(1, 16, (16,)), 3*repeats, "bench models", progress)
     return dict(command="hsi-mamba bench models" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3), machine=machine(),
                 rows=[dict(net=name, seconds=round(t, 5), over_none=round(t/medians["without state space"], 2)) for name, t in medians.items()])
 
@@ -294,6 +298,114 @@ def table_models(result: dict) -> str:
     "The result for people."
     return "\n".join([*_head(result), "SSA-Mamba, paper variant: training step, batch 16, 144 bands, float32", "",
                       *(f"{r['net']:<24}{1e3*r['seconds']:>10.1f} ms{r['over_none']:>8} x the net without its state space" for r in result["rows"])])
+
+
+STEP_MEMORY = """
+import json, sys
+import torch
+from hsi_mamba_nb.memory import peak_memory
+from hsi_mamba_nb.models import create_model
+options, (side, bands, classes) = json.loads(sys.argv[1]), map(int, sys.argv[2:5])
+net = create_model("css-mamba", bands, classes, **options).train()
+draw = lambda n: (torch.randn(1, bands, n, n), torch.randint(1, classes + 1, (1, n, n)))
+net.loss(*draw(12))[0].backward()
+x, y = draw(side)
+before = peak_memory(reset=True)
+net.loss(x, y)[0].backward()
+print((peak_memory() - before)/1e6)
+"""
+
+
+def bench_clusters(
+    quick: bool = False,  # a small image, to see that it runs
+    repeats: int = 3,  # rounds of 3 steps, of which the median counts
+    progress: bool = True,
+) -> dict:
+    "A training step of CSSMamba on one image beside the same net without clusters, and what clustering, scores and local scans take alone."
+    from hsi_mamba_nb.learn.protocol import count_flops
+    from hsi_mamba_nb.models.registry import create_model
+    from hsi_mamba_nb.parts.clustering_ema import cluster_loss
+    _check(repeats, "cpu")
+    side, bands, classes = (16, 8, 3) if quick else (72, 64, 6)
+    given = {"no clusters": dict(cluster=False), "1 centre a class": dict(clusters=1), "3 centres a class": {}, "5 centres a class": dict(clusters=5), "paper variant, 3": dict(variant="paper")}
+    torch.manual_seed(0)
+    nets = {name: create_model("css-mamba", bands, classes, **o).train() for name, o in given.items()}
+    x, y = torch.randn(1, bands, side, side), torch.randint(1, classes + 1, (1, side, side))
+    medians = _step_times(nets, x, y, 3*repeats, "bench clusters", progress)
+    rows = []
+    for name, net in nets.items():
+        rows.append(dict(net=name, seconds=round(medians[name], 5), over_none=round(medians[name]/medians["no clusters"], 2), parameters=sum(p.numel() for p in net.parameters()),
+                         flops=round(count_flops(net)), extra_mb=_child(STEP_MEMORY, json.dumps(given[name]), side, bands, classes)))
+    local = nets["3 centres a class"].blocks[0].local
+    t = torch.randn(1, side*side, nets["3 centres a class"].embed[0].out_channels)
+    z = local.proj(local.norm(t)).detach().requires_grad_()
+    with torch.no_grad():
+        p, S = local.centres(z), local.attention(z, local.centres(z))
+    parts = {"clustering": lambda: (local.centres.update(z, y.flatten(1)), cluster_loss(z, local.centres(z)).backward()),
+             "token scores": lambda: local.attention(z, p).sum().backward(), "local scan": lambda: local.local(z, p.argmax(-1), S).sum().backward()}
+    times = {name: [] for name in parts}
+    for _ in range(3*repeats + 1):
+        for name, part in parts.items():
+            times[name].append(_time(part))
+    return dict(command="hsi-mamba bench clusters" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3), machine=machine(), image=[side, side, bands], rows=rows,
+                parts=[dict(part=name, seconds=round(m, 5), of_none=round(m/medians["no clusters"], 3)) for name, v in times.items() for m in [statistics.median(v[1:])]])
+
+
+def table_clusters(result: dict) -> str:
+    "The result for people."
+    return "\n".join([*_head(result), f"CSSMamba, a training step on an image of {' x '.join(map(str, result['image']))}, float32", "",
+                      f"{'net':<20}{'ms':>9}{'x no clusters':>15}{'parameters':>12}{'kFLOP/pixel':>13}{'step MB':>9}",
+                      *(f"{r['net']:<20}{1e3*r['seconds']:>9.1f}{r['over_none']:>15}{r['parameters']:>12,}{r['flops']/1e3:>13.0f}{r['extra_mb'] or float('nan'):>9.0f}" for r in result["rows"]), "",
+                      "parts of the net with 3 centres a class alone, forward + backward; share of a step without clusters",
+                      *(f"{p['part']:<20}{1e3*p['seconds']:>9.1f}{p['of_none']:>15}" for p in result["parts"])])
+
+
+def bench_experts(
+    quick: bool = False,  # a small image, to see that it runs
+    repeats: int = 3,  # rounds of 5, of which the median counts
+    progress: bool = True,
+    device: str = "cpu",  # or "cuda"
+) -> dict:
+    "Forward and backward of a routed layer: four experts of one size, the two that are asked beside all four, decided by image and by pixel."
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hsi_mamba_nb.parts.experts import Experts
+    _check(repeats, device)
+    b, d, side, rank = (2, 16, 8, 4) if quick else (8, 64, 48, 16)
+    torch.manual_seed(0)
+    x, nets = torch.randn(b, d, side, side).to(device), {level: Experts(d, (rank,)*4, level=level).to(device) for level in ("image", "pixel")}
+
+    def go(level, sparse):
+        nets[level].zero_grad(set_to_none=True)
+        nets[level].sparse = sparse
+        nets[level](x).sum().backward()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    times = {(level, sparse): [] for level in nets for sparse in (True, False)}
+    for _ in tqdm(range(5*repeats + 1), desc="bench experts", unit="round", disable=None if progress else True):  # the first compiles and warms
+        for key in times:
+            times[key].append(_time(lambda: go(*key)))
+    medians, rows = {key: statistics.median(t[1:]) for key, t in times.items()}, []
+    for level, net in nets.items():
+        net.sparse = True
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(x)
+        with torch.no_grad():
+            weights = net.weights(x)
+        share, measured = net.flops(weights)/net.flops(torch.ones_like(weights)), medians[level, True]/medians[level, False]
+        rows.append(dict(level=level, seconds_all=round(medians[level, False], 6), seconds_asked=round(medians[level, True], 6), times_all=round(1/measured, 2),
+                         predicted_share=round(share, 4), measured_share=round(measured, 4), measured_over_predicted=round(measured/share, 3),
+                         predicted_flops=net.flops(weights), counted_flops=counter.get_total_flops()))
+    return dict(command="hsi-mamba bench experts" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3) + f" --device {device}"*(device != "cpu"), machine=machine(device),
+                shape=[b, d, side, side], rank=rank, rows=rows)
+
+
+def table_experts(result: dict) -> str:
+    "The result for people."
+    return "\n".join([*_head(result), f"routed layer, forward + backward, float32, images {' x '.join(map(str, result['shape']))}, four experts of rank {result['rank']}, two asked", "",
+                      f"{'decided by':<12}{'all ms':>9}{'asked ms':>10}{'x all':>8}{'share of the cost: predicted':>31}{'measured':>10}{'ratio':>7}{'Mflop forward: predicted':>27}{'counted':>9}",
+                      *(f"{r['level']:<12}{1e3*r['seconds_all']:>9.1f}{1e3*r['seconds_asked']:>10.1f}{r['times_all']:>8}{r['predicted_share']:>31}{r['measured_share']:>10}"
+                        f"{r['measured_over_predicted']:>7}{r['predicted_flops']/1e6:>27.1f}{r['counted_flops']/1e6:>9.1f}" for r in result["rows"])])
 
 
 XIONGAN = (1580, 3750, 256)  # rows, columns, bands: 3 GB of 16-bit numbers

@@ -211,8 +211,9 @@ def bench(args):
     if args.json and Path(args.json).is_dir():  # before the work, not after it
         raise InputError(f"{args.json}: is a folder; name a file in it")
     measure, show = {"scan": (b.bench_scan, b.table), "block": (b.bench_block, b.table_block), "map": (b.bench_map, b.table_map),
-                     "models": (b.bench_models, b.table_models)}[args.what]
-    result = measure(args.quick, **{} if args.what == "map" else dict(repeats=args.repeats), **dict(device=args.device) if args.what in ("scan", "block") else {})
+                     "models": (b.bench_models, b.table_models), "clusters": (b.bench_clusters, b.table_clusters),
+                     "experts": (b.bench_experts, b.table_experts)}[args.what]
+    result = measure(args.quick, **{} if args.what == "map" else dict(repeats=args.repeats), **dict(device=args.device) if args.what in ("scan", "block", "experts") else {})
     print(show(result))
     if args.json:
         print(f"wrote {b.save(result, args.json)}")
@@ -318,8 +319,8 @@ def _parser():
     c.add_argument("--out", metavar="FILE.jsonl", help="file of rows; runs that are there are not repeated")
     c.add_argument("--figure", metavar="FILE.png", help="draw the board")
 
-    c = command("bench", bench, "time the selective scan or a Mamba block beside others' in one run")
-    c.add_argument("what", choices=("scan", "block", "models", "map"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights; models: SSA-Mamba's training step with and without its state space; map: a scene of 3 GB on the disk")
+    c = command("bench", bench, "time scans, blocks and training steps beside others' in one run")
+    c.add_argument("what", choices=("scan", "block", "models", "clusters", "experts", "map"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights; models: SSA-Mamba's training step with and without its state space; clusters: CSSMamba's with and without clusters; experts: a routed layer, the two experts that are asked beside all four; map: a scene of 3 GB on the disk")
     c.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to time on (default: cpu); on a GPU mamba_ssm is timed too, where installed")
     c.add_argument("--json", metavar="FILE", help="also write the numbers")
     c.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts (default: 3)")

@@ -19,6 +19,8 @@ _MODELS = {
     "hybridsn": "hsi_mamba_nb.models.baselines:HybridSN",
     "ssa-mamba": "hsi_mamba_nb.models.ssa_mamba:SSAMamba",
     "mamba-hsi": "hsi_mamba_nb.models.mamba_hsi:MambaHSI",
+    "css-mamba": "hsi_mamba_nb.models.css_mamba:CSSMamba",
+    "mamba-moe": "hsi_mamba_nb.models.mamba_moe:MambaMoE",
 }
 
 

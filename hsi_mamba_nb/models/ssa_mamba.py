@@ -44,14 +44,6 @@ class SSM(nn.Module):
     def forward(self, x:Tensor) -> Tensor: # (b,l,d) both
         return lti_scan(x, *self.discrete())
 
-# %% ../../nbs/4_models/41_ssa_mamba.ipynb #9b1912ca
-def _scan(d, n, d_conv, expand) -> BiMamba: # half as wide inside as the paper's unit, a quarter of it each way
-    "A two-way selective scan whose states are heard from the start."
-    both = BiMamba(d, d_state=n, d_conv=d_conv, expand=expand/4, dt_min=.02, dt_max=.5) # memories of 2 to 50 tokens
-    with torch.no_grad():
-        for one in (both.forth, both.back): one.x_proj.weight[one.dt_proj.in_features:] *= 4 # the rows of B and C
-    return both
-
 # %% ../../nbs/4_models/41_ssa_mamba.ipynb #cade6e1c
 def _listing_start(model:nn.Module) -> None:
     "The listing's rule for convolutions: it counts the outputs of all groups."
@@ -83,6 +75,16 @@ class Unit(nn.Module):
         main = self.conv(main.transpose(1, 2))[..., :x.shape[1]] # (b,e,l), what reaches past the end is cut
         y = self.out_proj(self.ssm(F.silu(self.bn(main)).transpose(1, 2))*F.silu(gate))
         return self.norm_out(x + y if self.residual else y)
+
+# %% ../../nbs/4_models/41_ssa_mamba.ipynb #4647a07b
+def _scan(d, n, d_conv, expand) -> BiMamba: # half as wide inside as the paper's unit, a quarter of it each way
+    "A two-way selective scan whose states are heard from the start and last for tens of tokens."
+    both = BiMamba(d, d_state=n, d_conv=d_conv, expand=expand/4, dt_min=.02, dt_max=.5)
+    with torch.no_grad():
+        for one in (both.forth, both.back):
+            one.x_proj.weight[one.dt_proj.in_features:] *= 4 # the rows of B and C
+            one.A_log.copy_(torch.linspace(.1, 1.1, n).log().expand_as(one.A_log))
+    return both
 
 # %% ../../nbs/4_models/41_ssa_mamba.ipynb #a528c21e
 class Read(nn.Module):
@@ -334,8 +336,8 @@ def ssa_mamba_ref(
     y = F.gelu(_norm(_under(p, "integrate.mix.2"), conv("integrate.mix.1", y)))
     return _affine(_under(p, "head"), (_excite(_under(p, "integrate.se"), y.flatten(1, 2)) + z.flatten(1, 2)).mean(1))
 
-# %% ../../nbs/4_models/41_ssa_mamba.ipynb #fd26a9f6
+# %% ../../nbs/4_models/41_ssa_mamba.ipynb #dfa895cd
 PAPER = dict(
     model=dict(variant="paper", patch=7, d_model=256, depth=4, d_state=16, d_conv=3, expand=2, heads=8, dropout=.1),
-    fit=dict(lr=1e-3, weight_decay=5e-4, batch_size=16, patience=50, epochs=191, warmup=5/191),
+    fit={name: dict(lr=1e-3, weight_decay=5e-4, batch_size=size, patience=50, epochs=191, warmup=5/191) for name, size in (("houston", 16), ("honghu", 16), ("xiongan", 32))},
     splits={"houston": dict(train=.06, val=.06, min_per_class=20), "honghu": dict(train=.01, val=.01, min_per_class=20), "xiongan": dict(train=.004, val=.004, min_per_class=20)})

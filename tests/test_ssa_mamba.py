@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsi_mamba_nb.errors import InputError
+from hsi_mamba_nb.learn.training import fit
 from hsi_mamba_nb.models.registry import create_model
 from hsi_mamba_nb.models.ssa_mamba import PAPER, FixedBlock, Fusion, PaperBlock, Read, Spectrum, SSAMamba, Unit, ssa_mamba_ref
 from hsi_mamba_nb.scan.scan_order import named_order
@@ -97,6 +98,7 @@ def test_reach_of_the_last_pixel():
     check_causal(unit, draw(2, 49, 8).double())
     assert reached(unit, 48).sum() == 1 and reached(unit, 24).sum() == 25
     assert all(reached(read, pixel).all() for pixel in (0, 24, 48))
+    assert reached(PaperBlock(8, (4, 3, 2), 4, 0.).double().eval(), 48).all()  # attention asks all pixels
 
 
 def test_the_paper_takes_bands_for_a_set_and_we_do_not():
@@ -110,14 +112,81 @@ def test_the_paper_takes_bands_for_a_set_and_we_do_not():
             with expect_fail(): compare(twin(x[:, order]), net(x), 1e-3)
 
 
-def test_only_the_scan_carries_bands_from_token_to_token():
+def stateless(read):
+    "Without states: B and C are 0, the convolutions and the skip stay."
+    for one in (read.scan.forth, read.scan.back): one.x_proj.weight.data[one.dt_proj.in_features:] = 0
+    return read
+
+
+def test_states_carry_every_band_to_every_token():
     torch.manual_seed(0)
-    spectrum, x = Spectrum(12, 8, groups=4, n=4).double(), draw(2, 12, 3, 3).double()
-    y = x.clone()
-    y[:, 4] += draw(2, 3, 3, seed=1)
-    assert ((spectrum(y) - spectrum(x)).abs().amax((0, 2)) > 0).all()
-    for one in (spectrum.read.scan.forth, spectrum.read.scan.back): one.out_proj.weight.data.zero_()
-    assert ((spectrum(y) - spectrum(x)).abs().amax((0, 2)) > 0).tolist() == [False, True, False, False]
+    spectrum, x = Spectrum(12, 8, groups=12, n=4).double(), draw(2, 12, 3, 3).double()
+    deaf = copy.deepcopy(spectrum)
+    stateless(deaf.read)
+    for band in range(12):
+        y = x.clone()
+        y[:, band] += draw(2, 3, 3, seed=1)
+        assert ((spectrum(y) - spectrum(x)).abs().amax((0, 2)) > 0).all()
+        assert ((deaf(y) - deaf(x)).abs().amax((0, 2)) > 0).tolist() == [abs(token - band) <= 2 for token in range(12)]
+
+
+def test_states_start_loud_and_last():
+    for v in (make(d_model=64, heads=8, d_state=16).spectrum.read.scan.forth, make(d_model=64, heads=8, d_state=16, seed=1).blocks[1].read.scan.back):
+        compare(v.A_log.exp()[0].detach(), torch.linspace(.1, 1.1, 16), 1e-6)
+        step = torch.nn.functional.softplus(v.dt_proj.bias)
+        assert .019 < step.min() and step.max() < .51
+        assert (1/(step[:, None]*v.A_log.exp())).median() > 10 and (1/(step[:, None]*v.A_log.exp())).min() > 1
+        B_and_C, rest = v.x_proj.weight[4:], v.x_proj.weight[:4]
+        assert 3 < B_and_C.std()/rest.std() < 5
+
+
+def entering(net, x, *layers):
+    seen = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args)) for layer in layers]
+    net(x)
+    for hook in hooks: hook.remove()
+    return seen
+
+
+def test_who_reads_what():
+    x, nets = draw(2, 10, 5, 5), {v: make(variant=v).eval() for v in VARIANTS}
+    (spatial,), (spectral,) = entering(nets["paper"], x, nets["paper"].blocks[0].spatial, nets["paper"].blocks[0].spectral)
+    assert spatial is spectral
+    (pixels,), (bands,) = sorted(entering(nets["fixed"], x, nets["fixed"].blocks[0].read, nets["fixed"].spectrum.read), key=lambda args: -args[0].shape[1])
+    assert pixels.shape == (2, 25, 16) and bands.shape == (2, 10, 16)
+    for net in nets.values():
+        (asks, answers), = entering(net, x, net.blocks[0].attention)
+        compare(net.blocks[0].attention.ask.weights(asks, answers).sum(-1), torch.ones(2, 4, 25), 1e-5)
+
+
+def test_order_of_the_tokens_is_heard_through_the_reading_block_alone():
+    net, x, order = make(30, 3).eval(), draw(4, 30, 5, 5), torch.randperm(16, generator=torch.Generator().manual_seed(0))
+
+    def exchanged(net):
+        net = copy.deepcopy(net)
+        net.spectrum.embed.register_forward_hook(lambda *args: args[2][:, order])
+        return net(x)
+    with expect_fail(): compare(exchanged(net), net(x), 1e-4)
+    for one in (net.spectrum.read.scan.forth, net.spectrum.read.scan.back): one.out_proj.weight.data.zero_()
+    compare(exchanged(net), net(x), 1e-5)
+
+
+def test_a_unit_needs_no_last_norm_and_a_fusion_does():
+    torch.manual_seed(0)
+    block, x = PaperBlock(16, (4, 3, 2), 4, .1).eval(), draw(2, 9, 16)
+    for of in ("spatial", "spectral", "fusion"):
+        loud = copy.deepcopy(block)
+        getattr(loud, of).norm_out.weight.data *= 4
+        if of != "fusion": compare(loud(x), block(x), 1e-4)
+        else:
+            with expect_fail(): compare(loud(x), block(x), 1e-2)
+
+
+def test_our_unit_keeps_a_batch_apart_in_training_too():
+    torch.manual_seed(0)
+    read, unit, x = Read(8, 4).train(), Unit(8, 4).train(), draw(4, 9, 8)
+    check_batch_independent(read, x)
+    with expect_fail(): check_batch_independent(unit, x)
 
 
 def test_walks_change_from_block_to_block():
@@ -196,7 +265,7 @@ def test_no_decay_on_rates():
 
 @pytest.mark.parametrize("options, match", [(dict(variant="best"), "variant"), (dict(attention="all"), "attention"), (dict(patch=4), "odd"), (dict(patch=0), "patch"), (dict(d_model=15), "d_model"),
                                             (dict(d_model=18), "heads"), (dict(heads=0), "heads"), (dict(depth=0), "depth"), (dict(d_state=1.5), "d_state"), (dict(groups=0), "groups"),
-                                            (dict(expand=.1), "expand"), (dict(width=3), "width")], ids=str)
+                                            (dict(expand=.1), "expand"), (dict(width=3), "width"), (dict(batch_size=32), "batch_size")], ids=str)
 def test_refusals(options, match):
     with pytest.raises(InputError, match=match): make(**options)
 
@@ -209,5 +278,8 @@ def test_refused_patches(variant, x):
 
 def test_the_papers_settings():
     assert set(PAPER) == {"model", "fit", "splits"} and PAPER["model"]["variant"] == "paper"
+    assert set(PAPER["fit"]) == set(PAPER["splits"]) and [PAPER["fit"][k]["batch_size"] for k in ("houston", "honghu", "xiongan")] == [16, 16, 32]
     scene = synthetic_scene(48, 48, bands=8, classes=4, seed=1)
     for how in PAPER["splits"].values(): assert counts(split_random(scene, **how), scene)[:2].min() >= 20
+    run = fit(make(8, 4, variant="paper"), scene, split_random(scene, .1, .1), **(PAPER["fit"]["xiongan"] | dict(epochs=1)), cpu=True, progress=False)
+    assert len(run.history) == 1

@@ -403,9 +403,9 @@ def bench_experts(
 def table_experts(result: dict) -> str:
     "The result for people."
     return "\n".join([*_head(result), f"routed layer, forward + backward, float32, images {' x '.join(map(str, result['shape']))}, four experts of rank {result['rank']}, two asked", "",
-                      f"{'decided by':<12}{'all ms':>9}{'asked ms':>10}{'x all':>8}{'share of the cost: predicted':>31}{'measured':>10}{'ratio':>7}{'Mflop forward: predicted':>27}{'counted':>9}",
+                      f"{'decided by':<12}{'all ms':>9}{'asked ms':>10}{'x all':>8}{'share of the cost: predicted':>31}{'measured':>10}{'measured/predicted':>20}{'Mflop forward: predicted':>27}{'counted':>9}",
                       *(f"{r['level']:<12}{1e3*r['seconds_all']:>9.1f}{1e3*r['seconds_asked']:>10.1f}{r['times_all']:>8}{r['predicted_share']:>31}{r['measured_share']:>10}"
-                        f"{r['measured_over_predicted']:>7}{r['predicted_flops']/1e6:>27.1f}{r['counted_flops']/1e6:>9.1f}" for r in result["rows"])])
+                        f"{r['measured_over_predicted']:>20}{r['predicted_flops']/1e6:>27.1f}{r['counted_flops']/1e6:>9.1f}" for r in result["rows"])])
 
 
 XIONGAN = (1580, 3750, 256)  # rows, columns, bands: 3 GB of 16-bit numbers

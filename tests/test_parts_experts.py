@@ -8,7 +8,7 @@ from torch import nn
 
 from hsi_mamba_nb.errors import InputError
 from hsi_mamba_nb.parts import Experts, Router, SpatialExpert, balance_loss, expert_flops, load, route, sample_mask, uncertainty
-from hsi_mamba_nb.scan import check_returns_home, list_orders
+from hsi_mamba_nb.scan import check_returns_home, list_orders, named_order
 from hsi_mamba_nb.start.testing import check_batch_independent, check_gradient, compare, expect_fail, same_with_gradients
 
 DIRECTIONS = ("row", "column", "row-reversed", "column-reversed")
@@ -35,8 +35,10 @@ def test_route_is_the_loop_s(k, renormalise):
         with pytest.raises(InputError, match=f"top={top}"): route(g, top)
 
 
-def test_ties_still_ask_exactly_top():
+def test_ties_still_ask_exactly_top_and_underflow_fewer():
     assert ((route(torch.zeros(7, 4), 2) > 0).sum(1) == 2).all()
+    w = route(torch.tensor([120., 0, 0, 0]), 2)
+    assert w.tolist() == [1, 0, 0, 0] and load(w).tolist() == [1, 0, 0, 0]
 
 
 def test_balance_loss_reaches_those_left_out():
@@ -46,6 +48,8 @@ def test_balance_loss_reaches_those_left_out():
     check_gradient(lambda g: balance_loss(g, route(g, 2)), g)
     even = 9*torch.eye(4)
     compare(balance_loss(even, route(even, 1)), torch.tensor(1.), 1e-5)
+    sure = 40*torch.eye(4, dtype=torch.float64)[[0, 0, 0]]
+    for top in (1, 2): compare(balance_loss(sure, route(sure, top)).item(), 4/top, 1e-6)
 
 
 @pytest.mark.parametrize("level, h, w", [("image", 6, 5), ("region", 6, 5), ("region", 2, 3), ("pixel", 6, 5)])
@@ -66,6 +70,27 @@ def test_noise_is_for_training_only():
     net, x = Router(4, 3, noise=1.), draw(2, 4, 3, 3).float()
     assert not torch.equal(net(x)[1], net(x)[1])
     assert torch.equal(net.eval()(x)[1], net(x)[1])
+    assert not torch.equal(net.train()(x)[1], net.eval()(x)[1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_router_that_asks_one_learns(level):
+    x = draw(2, 8, 4, 6).float()
+    for renormalise, learns in ((None, True), (False, True), (True, False)):
+        torch.manual_seed(0)
+        net = Experts(8, top=1, level=level, renormalise=renormalise)
+        net(x).square().sum().backward()
+        assert (net.router.linear.weight.grad.abs().max() > 1e-4) == learns
+    compare(Experts(8, top=2, level=level).weights(x).sum(1), torch.ones(2, 4, 6))
+    net.router.top, net.router.renormalise = 2, None  # decided when it is asked, so top may change
+    compare(net.weights(x).sum(1), torch.ones(2, 4, 6))
+
+
+def test_weights_that_change_within_an_image_need_a_finer_level():
+    x, w = draw(2, 8, 4, 6).float(), Router(8, 4, level="pixel")(draw(2, 8, 4, 6).float())[0]
+    for sparse in (True, False):
+        with pytest.raises(InputError, match="within an image"): Experts(8, sparse=sparse)(x, w)
+        assert Experts(8, sparse=sparse)(x, w[..., :1, :1].expand_as(w).contiguous()).shape == x.shape
 
 
 def test_parameters_and_starts():
@@ -125,9 +150,15 @@ def test_an_impulse_comes_home(level):
     for net.sparse in (True, False): check_returns_home(lambda x: net(x.movedim(-1, 1)).movedim(1, -1), 3, 5, 4)
     assert [e.order for e in net.experts] == list(DIRECTIONS)
 
-    class Unturned(nn.Module):
-        def forward(self, x): return sum(line.view(x.shape) for line in (x.flatten(1, 2), x.flatten(1, 2).flip(1)))
-    with expect_fail(): check_returns_home(Unturned(), 3, 5, 4)
+    class Forgotten(SpatialExpert):  # its walk is read as if it were an image
+        def forward(self, x, own=None):
+            v, z = self.in_proj(x.movedim(1, -1)).chunk(2, -1)
+            walked = named_order(self.order, *x.shape[2:])(v*self.D)
+            return self.out_proj(self.norm(walked.view(v.shape))*(1 + z)).movedim(-1, 1)
+    torch.manual_seed(0)
+    straight, lost = Forgotten(4, 2, "row"), Forgotten(4, 2, "column")
+    check_returns_home(lambda x: straight(x.movedim(-1, 1)).movedim(1, -1), 3, 5, 4)  # along rows there is nothing to turn
+    with expect_fail(match="lands at"): check_returns_home(lambda x: lost(x.movedim(-1, 1)).movedim(1, -1), 3, 5, 4)
 
 
 def test_train_is_eval_and_low_precision_runs():
@@ -138,15 +169,19 @@ def test_train_is_eval_and_low_precision_runs():
     assert y.dtype == torch.float32 and y.isfinite().all()
 
 
-@pytest.mark.parametrize("level, most", [("image", 1e-9), ("pixel", .05)])
-def test_operations_are_predicted(level, most):
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pixels", [1, 50, None])
+def test_operations_are_predicted(level, pixels):
     from torch.utils.flop_counter import FlopCounterMode
     net, x = Experts(32, (8,)*4, level=level), draw(4, 32, 8, 8).float()
     with torch.no_grad():
         w = net.weights(x)
+        if pixels is not None:  # so many ask expert 1, nobody asks another
+            few = (torch.arange(256) < pixels).view(4, 1, 8, 8) if level != "image" else (torch.arange(4) < pixels % 4).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+            w = torch.eye(4)[1].view(1, 4, 1, 1)*few
         net(x, w)
         with FlopCounterMode(display=False) as counter: net(x, w)
-    compare(float(counter.get_total_flops()), float(net.flops(w)), most)
+    compare(float(counter.get_total_flops()), float(net.flops(w)), 1e-9)
 
 
 def test_uncertainty_and_its_samples():

@@ -19,12 +19,12 @@ from ..scan.backends import selective_scan
 from ..scan.scan_order import named_order
 from ..scan.selection import softplus, step_bias
 
-# %% ../../nbs/3_parts/32_experts.ipynb #ebced44a
+# %% ../../nbs/3_parts/32_experts.ipynb #577b517e
 def route(
     logits:Tensor, # (...,k)
     top:int, # how many experts are asked, at most k
     renormalise:bool = True, # the weights that are left are divided by their sum
-) -> Tensor: # (...,k) 0 for experts that are not asked
+) -> Tensor: # (...,k) 0 for experts that are not asked; at most `top` are above 0, fewer where a weight is too small for its dtype
     "Softmax over all experts; all but the `top` largest weights become 0."
     k = logits.shape[-1]
     if not 1 <= top <= k: raise InputError(f"top={top}; use 1 to {k}, the number of experts")
@@ -32,19 +32,19 @@ def route(
     if top < k: p = torch.zeros_like(p).scatter(-1, best := p.topk(top, -1).indices, p.gather(-1, best))
     return p/p.sum(-1, keepdim=True) if renormalise else p
 
-# %% ../../nbs/3_parts/32_experts.ipynb #83e493bd
+# %% ../../nbs/3_parts/32_experts.ipynb #edfc7a2b
 def load(
     weights:Tensor, # (...,k) from `route`
 ) -> Tensor: # (k,) sums to 1
     "Of all choices that were made, the share that fell on each expert."
-    chosen = (weights > 0).flatten(0, -2).sum(0)
+    chosen = (weights > 0).reshape(-1, weights.shape[-1]).sum(0)
     return chosen/chosen.sum()
 
-# %% ../../nbs/3_parts/32_experts.ipynb #bfc18b01
+# %% ../../nbs/3_parts/32_experts.ipynb #71cdd5a3
 def balance_loss(
     logits:Tensor, # (m,k) of m decisions
     weights:Tensor, # (m,k) what `route` made of them
-) -> Tensor: # a number; 1 when all experts are used alike
+) -> Tensor: # a number; 1 when all experts are used alike, top = 1 and all on one: k
     "k times the sum over experts of load times mean probability, which is the softmax over all k: slopes reach experts that nobody asked."
     if logits.shape != weights.shape: raise InputError(f"logits and weights are {tuple(logits.shape)} and {tuple(weights.shape)}; pass (m,k) twice")
     p = logits.softmax(-1, dtype=weights.dtype).flatten(0, -2).mean(0) # (k,)
@@ -56,33 +56,7 @@ def _keep_off(expert, *_) -> None:
     for p in (expert.A_log, expert.D): p._no_weight_decay = True
     for p in (*expert.dt_proj.parameters(), *expert.conv2d.parameters()): p._no_reinit = True
 
-# %% ../../nbs/3_parts/32_experts.ipynb #9e975767
-def _walk(expert, u:Tensor, seq_idx:Tensor|None = None, own:Tensor|None = None) -> Tensor: # (b,l,r), (b,l), (b,l) -> (b,l,r)
-    "The selective scan along a row of tokens; where `own` is False the step is 0, and the state waits."
-    r, n = expert.A_log.shape
-    dt, B, C = expert.x_proj(u).split((expert.dt_proj.in_features, n, n), -1)
-    delta, bias = F.linear(dt, expert.dt_proj.weight.to(dt.dtype)), expert.dt_proj.bias # (b,l,r), (r,)
-    if own is not None: delta = softplus(delta + bias.to(delta.dtype))*own[..., None]
-    A = -torch.exp(expert.A_log.to(torch.promote_types(u.dtype, torch.float32)))
-    y = selective_scan(u.mT, delta.mT, A, B.mT, C.mT, expert.D, None, bias if own is None else None, delta_softplus=own is None, seq_idx=seq_idx)
-    return y.mT
-
-def _gated(expert, y:Tensor, z:Tensor) -> Tensor: # (...,r), (...,r) -> (...,d)
-    return expert.out_proj(expert.norm(y)*F.silu(z))
-
-# %% ../../nbs/3_parts/32_experts.ipynb #a9efb8bb
-def _packed(expert, x:Tensor, own:Tensor) -> tuple: # (b,h,w,d), (b,h,w) -> (m,d), (m,)
-    "Own pixels, image after image, each image in the order of the walk."
-    b, h, w, d = x.shape
-    place = torch.arange(b, device=x.device)[:, None]*(h*w) + named_order(expert.order, h, w)._on(x.device)[0] # (b,l)
-    place = place[own.flatten(1).gather(1, place % (h*w))] # (m,)
-    u, z = expert.in_proj(x.flatten(0, 2)[place]).chunk(2, -1) # (m,r)
-    image = u.new_zeros(b*h*w, u.shape[1]).index_copy(0, place, u) # neighbours find each other; others are 0
-    u = F.silu(expert.conv2d(image.view(b, h, w, -1).movedim(-1, 1))).movedim(1, -1).flatten(0, 2)[place]
-    y = _walk(expert, u[None], (place//(h*w))[None])[0] # (m,r)
-    return _gated(expert, y, z), place
-
-# %% ../../nbs/3_parts/32_experts.ipynb #cba8253e
+# %% ../../nbs/3_parts/32_experts.ipynb #f81b2d2f
 class SpatialExpert(nn.Module):
     "A thin selective scan in one direction: d channels are squeezed to `rank`, scanned, and widened again."
     def __init__(self,
@@ -106,11 +80,11 @@ class SpatialExpert(nn.Module):
     def forward(self, x:Tensor, own:Tensor|None = None) -> Tensor: # (b,d,h,w), (b,h,w) bool -> (b,d,h,w)
         "Every pixel is scanned; where `own` is given the others are passed over, and get 0."
         order = named_order(self.order, *x.shape[2:])
-        u, z = self.in_proj(x.movedim(1, -1)).chunk(2, -1) # (b,h,w,r) twice
-        if own is not None: u = u*own[..., None]
-        u = F.silu(self.conv2d(u.movedim(-1, 1))).movedim(1, -1)
-        y = _walk(self, order(u), own=own if own is None else order(own[..., None])[..., 0]) # (b,h*w,r)
-        y = _gated(self, order.inverse(y), z) # home, then out
+        v, z = self.in_proj(x.movedim(1, -1)).chunk(2, -1) # (b,h,w,r) twice
+        if own is not None: v = v*own[..., None]
+        v = F.silu(self.conv2d(v.movedim(-1, 1))).movedim(1, -1)
+        s = _walk(self, order(v), own=own if own is None else order(own[..., None])[..., 0]) # (b,h*w,r)
+        y = _gated(self, order.inverse(s), z) # home, then out
         return (y if own is None else y*own[..., None]).movedim(-1, 1)
 
     def packed(self, x:Tensor, own:Tensor) -> tuple: # (b,d,h,w), (b,h,w) bool -> (m,d), (m,) places
@@ -119,9 +93,35 @@ class SpatialExpert(nn.Module):
 
     def tokens(self, x:Tensor, seq_idx:Tensor|None = None) -> Tensor: # (b,m,d), (b,m) -> (b,m,d)
         "Tokens without places, in the order in which they come: of the 3 x 3 taps only the middle one can act."
-        u, z = self.in_proj(x).chunk(2, -1)
-        u = F.silu(u*self.conv2d.weight[:, 0, 1, 1] + self.conv2d.bias)
-        return _gated(self, _walk(self, u, seq_idx), z)
+        v, z = self.in_proj(x).chunk(2, -1)
+        v = F.silu(v*self.conv2d.weight[:, 0, 1, 1] + self.conv2d.bias)
+        return _gated(self, _walk(self, v, seq_idx), z)
+
+# %% ../../nbs/3_parts/32_experts.ipynb #b3c9f667
+def _walk(expert, v:Tensor, seq_idx:Tensor|None = None, own:Tensor|None = None) -> Tensor: # (b,l,r), (b,l), (b,l) -> (b,l,r)
+    "The selective scan along a row of tokens; where `own` is False the step is 0, and the state waits."
+    r, n = expert.A_log.shape
+    dt, B, C = expert.x_proj(v).split((expert.dt_proj.in_features, n, n), -1)
+    delta, bias = F.linear(dt, expert.dt_proj.weight.to(dt.dtype)), expert.dt_proj.bias # (b,l,r), (r,)
+    if own is not None: delta = softplus(delta + bias.to(delta.dtype))*own[..., None]
+    A = -torch.exp(expert.A_log.to(torch.promote_types(v.dtype, torch.float32)))
+    s = selective_scan(v.mT, delta.mT, A, B.mT, C.mT, expert.D, None, bias if own is None else None, delta_softplus=own is None, seq_idx=seq_idx)
+    return s.mT
+
+def _gated(expert, s:Tensor, z:Tensor) -> Tensor: # (...,r), (...,r) -> (...,d)
+    return expert.out_proj(expert.norm(s)*F.silu(z))
+
+# %% ../../nbs/3_parts/32_experts.ipynb #92abd3c8
+def _packed(expert, x:Tensor, own:Tensor) -> tuple: # (b,h,w,d), (b,h,w) -> (m,d), (m,)
+    "Own pixels, image after image, each image in the order of the walk."
+    b, h, w, d = x.shape
+    place = torch.arange(b, device=x.device)[:, None]*(h*w) + named_order(expert.order, h, w)._on(x.device)[0] # (b,l)
+    place = place[own.flatten(1).gather(1, place % (h*w))] # (m,)
+    v, z = expert.in_proj(x.flatten(0, 2)[place]).chunk(2, -1) # (m,r)
+    image = v.new_zeros(b*h*w, v.shape[1]).index_copy(0, place, v) # neighbours find each other; others are 0
+    v = F.silu(expert.conv2d(image.view(b, h, w, -1).movedim(-1, 1))).movedim(1, -1).flatten(0, 2)[place]
+    s = _walk(expert, v[None], (place//(h*w))[None])[0] # (m,r)
+    return _gated(expert, s, z), place
 
 # %% ../../nbs/3_parts/32_experts.ipynb #047fe0dd
 def _cells(x:Tensor, level:str, region:int) -> Tensor: # (b,d,h,w) -> (b,d,i,j)
@@ -136,14 +136,14 @@ def _spread_cells(weights:Tensor, level:str, region:int, h:int, w:int) -> Tensor
     if level == "image": return weights.expand(-1, -1, h, w)
     return weights.repeat_interleave(region, 2).repeat_interleave(region, 3)[..., :h, :w]
 
-# %% ../../nbs/3_parts/32_experts.ipynb #95acc81a
+# %% ../../nbs/3_parts/32_experts.ipynb #b9da02f8
 class Router(nn.Module):
     "Who is asked, decided for each image, each square region or each pixel by one linear map of its mean features."
     def __init__(self,
         d:int, # channels
         experts:int, # k
         top:int = 2, # how many are asked
-        renormalise:bool = True, # weights of those sum to 1
+        renormalise:bool|None = None, # weights of those sum to 1; None: where more than one is asked, for at 1 the router would have no slope
         level:str = "image", # one decision for an image; "region" or "pixel"
         region:int = 8, # side of a region (pixels); those at the far edges may be smaller
         noise:float = 0., # spread of what is added to logits in training
@@ -159,32 +159,32 @@ class Router(nn.Module):
         mean = _cells(x, self.level, self.region) # (b,d,i,j)
         logits = self.linear(mean.movedim(1, -1)) # (b,i,j,k)
         if self.training and self.noise: logits = logits + self.noise*torch.randn_like(logits)
-        weights = route(logits, self.top, self.renormalise).movedim(-1, 1) # (b,k,i,j)
+        weights = route(logits, self.top, self.top > 1 if self.renormalise is None else self.renormalise).movedim(-1, 1) # (b,k,i,j)
         return _spread_cells(weights, self.level, self.region, *x.shape[2:]), logits.flatten(0, 2)
 
-# %% ../../nbs/3_parts/32_experts.ipynb #4a71afb6
+# %% ../../nbs/3_parts/32_experts.ipynb #9c2fc6e8
 def _run_all(net, x:Tensor, weights:Tensor) -> Tensor: # (b,d,h,w), (b,k,h,w) -> (b,d,h,w)
     "Every expert, whatever it weighs: the oracle."
     masks = weights > 0
-    return sum(weights[:, i:i + 1]*e(x, None if net.level == "image" else masks[:, i]) for i, e in enumerate(net.experts)).to(x.dtype)
+    return sum(weights[:, i:i + 1]*expert(x, None if net.level == "image" else masks[:, i]) for i, expert in enumerate(net.experts)).to(x.dtype)
 
-# %% ../../nbs/3_parts/32_experts.ipynb #f0dad0d6
+# %% ../../nbs/3_parts/32_experts.ipynb #d259bde7
 def _dispatch(net, x:Tensor, weights:Tensor) -> Tensor: # (b,d,h,w), (b,k,h,w) -> (b,d,h,w)
     "Only who is asked: on whole images, or on its own pixels."
     rows, image = x.movedim(1, -1), net.level == "image" # (b,h,w,d)
     y = torch.zeros_like(rows) if image else torch.zeros_like(rows).flatten(0, 2)
-    for i, e in enumerate(net.experts):
+    for i, expert in enumerate(net.experts):
         own = weights[:, i] > 0 # (b,h,w)
         if image and len(asks := own[:, 0, 0].nonzero()[:, 0]): # images that ask
-            answer, weight = e(rows[asks].movedim(-1, 1)).movedim(1, -1), weights[asks, i, 0, 0].view(-1, 1, 1, 1)
+            answer, weight = expert(rows[asks].movedim(-1, 1)).movedim(1, -1), weights[asks, i, 0, 0].view(-1, 1, 1, 1)
         elif not image and own.any():
-            answer, asks = e.packed(x, own) # (m,d), (m,)
+            answer, asks = expert.packed(x, own) # (m,d), (m,)
             weight = weights[:, i].flatten()[asks, None]
         else: continue # nobody asks: no work, no gradient
         y = y.index_add_(0, asks, (weight*answer).to(y.dtype))
     return y.view(rows.shape).movedim(-1, 1)
 
-# %% ../../nbs/3_parts/32_experts.ipynb #05b25165
+# %% ../../nbs/3_parts/32_experts.ipynb #67e177cf
 class Experts(nn.Module):
     "Spatial experts in turns of four directions, of which each image, region or pixel asks `top`: the weighted sum of their answers."
     def __init__(self,
@@ -194,7 +194,7 @@ class Experts(nn.Module):
         level:str = "image", # who asks: "image", "region" or "pixel"
         sparse:bool = True, # only who is asked works; False: all work, and the others' answers weigh 0
         region:int = 8, # side of a region (pixels)
-        renormalise:bool = True, # weights of those asked sum to 1
+        renormalise:bool|None = None, # weights of those asked sum to 1; None: where top > 1
         noise:float = 0., # on the router's logits in training
         d_state:int = 16, # n, states of a scanned channel
         orders:tuple = ("row", "column", "row-reversed", "column-reversed"), # directions; expert i has number i, and round again
@@ -209,31 +209,34 @@ class Experts(nn.Module):
 
     def flops(self, weights:Tensor) -> int: # (b,k,h,w) -> predicted operations, forward
         "What the experts that are asked will cost; the router's own share is left out."
-        counts = (weights > 0).sum((0, 2, 3)).tolist() # pixels of each expert
-        return sum(expert_flops(e.out_proj.out_features, *e.A_log.shape, m) for e, m in zip(self.experts, counts))
+        counts, seen = (weights > 0).sum((0, 2, 3)).tolist(), None if self.level == "image" else weights[:, 0].numel()
+        return sum(expert_flops(e.out_proj.out_features, *e.A_log.shape, m, seen) for e, m in zip(self.experts, counts) if m)
 
     def forward(self, x:Tensor, weights:Tensor|None = None) -> Tensor: # (b,d,h,w), (b,k,h,w): the router's, if not given -> (b,d,h,w)
         if weights is None: weights = self.weights(x)
+        elif self.level == "image" and not torch.equal(weights, weights[..., :1, :1].expand_as(weights)):
+            raise InputError("weights: they change within an image; use level='pixel', or the same weights for all pixels")
         x = x.contiguous(memory_format=torch.channels_last) # a pixel's channels side by side: no copy for each expert
         return (_dispatch if self.sparse else _run_all)(self, x, weights)
 
-# %% ../../nbs/3_parts/32_experts.ipynb #c5ad0ec0
+# %% ../../nbs/3_parts/32_experts.ipynb #5003f0f5
 def expert_flops(
     d:int, # channels
     rank:int, # r
     d_state:int = 16, # n
     l:int = 1, # pixels that are asked about
+    seen:int|None = None, # pixels that the taps run over: all of the batch where an expert owns single pixels; None: l
 ) -> int: # multiplications and additions, forward
-    "Operations of a `SpatialExpert`: matrix products, 3 x 3 taps and the scan, as torch's counter sees them."
+    "Operations of a `SpatialExpert`: matrix products, 3 x 3 taps and the scan."
     steps = math.ceil(d/16)
-    return l*rank*(4*d + 18 + 2*(steps + 2*d_state) + 2*steps + 9*d_state + 2*d)
+    return rank*(18*(l if seen is None else seen) + l*(6*d + 2*(steps + 2*d_state) + 2*steps + 9*d_state))
 
-# %% ../../nbs/3_parts/32_experts.ipynb #5a056b67
+# %% ../../nbs/3_parts/32_experts.ipynb #c4add79f
 def uncertainty(
     p:Tensor, # (b,k,...) probabilities of k classes
     kind:str = "paper", # -p* ln p* of the best; "entropy", "margin" (1 - best + second) or "confidence" (1 - best)
 ) -> Tensor: # (b,...)
-    "How unsure each pixel is; all but the paper's grow as the best class falls."
+    "How unsure each pixel is; 1 - best falls as the best class grows, entropy and margin also look at the others, the paper's turns at 1/e."
     if p.ndim < 2 or p.shape[1] < 2: raise InputError(f"p: expected (b,k,...) with k >= 2 classes, got {tuple(p.shape)}")
     if kind == "entropy": return -torch.xlogy(p, p).sum(1)
     best, second = p.topk(2, 1).values.unbind(1)

@@ -1,5 +1,6 @@
 """MambaMoE: both variants' parameters by formula, modes, sizes, directions, dice, gradients of who is asked, checkpoints, and what it refuses."""
 import copy
+import math
 import pickle
 
 import pytest
@@ -36,14 +37,14 @@ def mamba(d, n=16):
     return e*n + e + 3*e*d + 5*e + e*(r + 2*n) + r*e + e
 
 
-def formula(c, k, variant="fixed", d=32, experts=4, shared=True, literal=False, n=16, v=8, **_):
-    r, e, G, ranks = -(-d//16), 2*d, min(8, c), (2, 4, 8, 16)[:experts]
+def formula(c, k, variant="fixed", d=32, ranks=None, experts=None, shared=True, literal=False, n=16, v=8, **_):
+    r, e, G, ranks = -(-d//16), 2*d, min(8, c), (ranks or ((2, 4, 8, 16) if variant == "paper" else (8, 8, 8, 8)))[:experts]
     S = 256*(4*r + 6*n + 6) + 3*e*d + 3*e*e + e if variant == "paper" else (-(-c//G) + 3)*v + 2*mamba(v) + G*v*d + d
-    mixture = 12*d*d + 12*d + experts*d + sum(ranks)*(3*d + 2*r + 3*n + 14) + S*(shared and not literal)
-    return c*d + 2*d*d + 9*d + 3*mixture + 10*(9*d*d + d) + 3*(128*d + 384 + 129*k)
+    mixture = 12*d*d + 12*d + len(ranks)*d + sum(ranks)*(3*d + 2*r + 3*n + 14) + S*(shared and not literal)
+    return (c*d + d)*(variant == "fixed") + c*d + 2*d*d + 9*d + 3*mixture + 10*(9*d*d + d) + 3*(128*d + 384 + 129*k)
 
 
-@pytest.mark.parametrize("options", [{}, dict(d=64), dict(experts=1, top=1), dict(experts=2), dict(shared=False), dict(top=4), dict(level="region"), dict(d=4)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(d=64), dict(experts=1, top=1), dict(experts=2), dict(ranks=(2, 4, 8, 16)), dict(ranks=(4, 8, 3), experts=2), dict(shared=False), dict(top=4), dict(level="region"), dict(d=4)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters(variant, options):
     for c, k in ((103, 9), (5, 2), (1, 2)): assert count(make(c, k, variant=variant, **{"d": 32, **options})) == formula(c, k, variant, **options)
@@ -63,7 +64,7 @@ def test_any_size(h, w, options):
     net, x, y = make(**options), draw(2, 10, h, w), some_labels(2, h, w)
     loss, terms = net.loss(x, y)
     loss.backward()
-    assert net(x).shape == (2, 3, h, w) and loss.isfinite() and list(terms) == ["ce_3", "ce_2", "ce_1", "ce_full", "balance"]
+    assert net(x).shape == (2, 3, h, w) and loss.isfinite() and list(terms) == ["ce_3", "ce_2", "ce_1", "ce_full", "balance"][:5 if net.balance else 4]
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
 
 
@@ -141,7 +142,7 @@ def test_who_is_not_asked_is_not_taught(options):
 def test_a_gradient_reaches_every_parameter():
     net, seen = make(), set()
     optimizer = torch.optim.Adam(net.parameters(), lr=.01)
-    for seed in range(8):
+    for seed in range(16):  # an expert that one pixel asks has no memory to teach
         seen |= touched(net, 2*draw(2, 10, 19, 22, seed=seed), some_labels(2, 19, 22))
         optimizer.step()
     assert seen == {n for n, _ in net.named_parameters()}
@@ -176,7 +177,7 @@ def test_a_label_that_is_not_given_counts_nothing():
         loss, terms = net.loss(x, none)
         loss.backward()
         assert all(float(terms[n]) == 0 for n in ("ce_3", "ce_2", "ce_1", "ce_full"))
-        compare(loss.detach(), net.balance*terms["balance"], 1e-6)
+        compare(loss.detach(), net.balance*terms["balance"] if net.balance else torch.zeros(()), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["paper", "entropy", "margin", "confidence"])
@@ -185,15 +186,17 @@ def test_drawn_labels(kind):
     kept = guided_labels(logits, y, kind, dice)
     assert ((kept == y) | (kept == 0)).all() and 0 < int((kept > 0).sum()) < int((y > 0).sum())
     assert torch.equal(guided_labels(logits, y, "off"), y)
-    flat = guided_labels(torch.zeros(1, 4, 5, 6), y[:1], kind, dice)  # all alike: nothing would be drawn
+    count_kept = lambda floor: sum(int((guided_labels(logits, y, kind, dice, floor) > 0).sum()) for _ in range(50))
+    assert count_kept(1.) == 50*int((y > 0).sum()) > count_kept(.5) > count_kept(0.)
+    flat = guided_labels(torch.zeros(1, 4, 9, 11), y[:1], kind, dice)  # all alike: nothing would be drawn
     assert torch.equal(flat, y[:1])
 
 
 def test_the_loss_by_parts():
-    logits, y = [draw(2, 4, h, w) for h, w in ((2, 2), (3, 4), (9, 11))], some_labels(2, 9, 11, k=4)
-    ce = [F.cross_entropy(enlarge(z, (9, 11)), y - 1, ignore_index=-1) for z in logits]
-    for full in (0, -1):
-        loss, terms = corrective_loss(logits, y, "off", full)
+    logits, y = [draw(2, 4, h, w) for h, w in ((2, 2), (3, 3), (9, 11))], some_labels(2, 9, 11, k=4)
+    for full, corners in ((0, True), (-1, True), (0, False), (-1, False)):
+        ce = [F.cross_entropy(enlarge(z, (9, 11), corners), y - 1, ignore_index=-1) for z in logits]
+        loss, terms = corrective_loss(logits, y, "off", full, corners=corners)
         compare(loss, sum(ce) + ce[full], 1e-5)
         compare(terms["ce_full"], ce[full], 1e-5)
 
@@ -203,7 +206,7 @@ def test_fixed_teaches_the_predicting_head_all_labels():
     for variant, head in (("fixed", 2), ("paper", 0)):
         net = make(variant=variant)
         logits = net.heads[head](module._features(net, x)[0][head])
-        compare(net.loss(x, y)[1]["ce_full"], F.cross_entropy(enlarge(logits, y.shape[1:]), y - 1, ignore_index=-1).detach(), 1e-5)
+        compare(net.loss(x, y)[1]["ce_full"], F.cross_entropy(enlarge(logits, y.shape[1:], net.corners), y - 1, ignore_index=-1).detach(), 1e-5)
 
 
 def test_pyramid_reads_every_pixel():
@@ -220,7 +223,27 @@ def test_decoder():
     for conv in (unit.convs[3], fuse.skip.convs[3], fuse.end.convs[3]):
         for p in conv.parameters(): p.data.zero_()
     compare(unit(fine), fine, 0.)
-    compare(fuse(draw(1, 4, 2, 3), fine), enlarge(draw(1, 4, 2, 3), (5, 7)) + fine, 1e-6)
+    compare(fuse(draw(1, 4, 3, 4), fine), enlarge(draw(1, 4, 3, 4), (5, 7)) + fine, 1e-6)
+
+
+@pytest.mark.parametrize("h", [64, 61, 40])
+def test_a_ramp_comes_home(h):
+    x = torch.arange(float(h)).view(1, 1, h, 1).expand(1, 1, h, 8)
+    for levels in (1, 2, 3):
+        y, edge = x, 2*2**levels  # at an odd end a cell is shorter
+        for _ in range(levels): y = halve(y)
+        compare(enlarge(y, (h, 8))[:, :, edge:-edge], x[:, :, edge:-edge], 1e-5)
+        with pytest.raises(AssertionError): compare(enlarge(y, (h, 8), corners=True)[:, :, edge:-edge], x[:, :, edge:-edge], 1e-3)
+    with pytest.raises(InputError, match="halves"): enlarge(draw(1, 1, 3, 4), (9, 11))
+
+
+def test_a_pixel_is_seen_at_full_size():
+    for variant, seen in (("fixed", True), ("paper", False)):
+        net, x = make(variant=variant).eval(), draw(1, 10, 8, 8)
+        swapped = x.clone()
+        swapped[..., 2, 2], swapped[..., 2, 3] = x[..., 2, 3], x[..., 2, 2]  # within a cell of halve
+        change = (net.pyramid(swapped)[0] - net.pyramid(x)[0]).abs().max()
+        assert change < 1e-5 and bool((net(swapped) - net(x)).abs().max() > 1e-3) == seen
 
 
 def test_band_scan_is_pixel_by_pixel_in_band_order(monkeypatch):
@@ -268,10 +291,24 @@ def test_registry():
 
 
 @pytest.mark.parametrize("options, match", [(dict(variant="best"), "variant"), (dict(level="class"), "level"), (dict(uncertainty="doubt"), "uncertainty"), (dict(d=10), "use 12"), (dict(d=0), "d:"),
-                                            (dict(experts=5), "experts"), (dict(experts=1), "use top=1"), (dict(top=0), "top"), (dict(region=0), "region"), (dict(balance=-1.), "balance"),
+                                            (dict(experts=5), "experts"), (dict(experts="2"), "experts"), (dict(ranks=()), "ranks"), (dict(ranks=8), "ranks"), (dict(ranks="2,4"), "ranks"),
+                                            (dict(ranks=(2, 0)), "ranks"), (dict(ranks=(4, 4, 4), experts=4), "experts"), (dict(ranks=(4,)), "use top=1"), (dict(balance="a"), "balance"), (dict(balance=True), "balance"),
+                                            (dict(balance=.1, top=4), "balance"), (dict(balance=math.nan), "balance"), (dict(region=3), "level='region'"), (dict(level="region", region=2.), "region"),
+                                            (dict(variant="paper", recompute=True), "recompute"), (dict(shared=False, recompute=True), "recompute"), (dict(shared=1), "shared"), (dict(recompute="no"), "recompute"), (dict(experts=1), "use top=1"), (dict(top=0), "top"), (dict(level="region", region=0), "region"), (dict(balance=-1.), "balance"),
                                             (dict(literal=True), "literal"), (dict(variant="paper", level="pixel", literal=True), "literal"), (dict(width=3), "width")], ids=str)
 def test_refusals(options, match):
     with pytest.raises(InputError, match=match): make(**options)
+
+
+def test_refused_sizes():
+    with pytest.raises(InputError, match="classes"): make(10, 1)
+    with pytest.raises(InputError, match="bands"): make(0, 3)
+
+
+def test_ranks_as_text():
+    net = make(ranks="2-4-8-16")
+    net.load_state_dict(make(ranks=[2, 4, 8, 16]).state_dict())
+    assert [e.D.numel() for e in net.blocks[0].experts.experts] == [2, 4, 8, 16] and [e.D.numel() for e in make().blocks[0].experts.experts] == [8]*4
 
 
 @pytest.mark.parametrize("x", [draw(2, 9, 5, 5), draw(10, 5, 5), draw(2, 10, 0, 5), "images"], ids=["bands", "no batch", "empty", "text"])

@@ -1,4 +1,4 @@
-"""Yes: a router asks two of four experts, for each pixel if you let it. They must be trained, come home, and work in use as in training; and a choice that follows land cover is not yet a gain.
+"""Yes: a router asks two of four experts, for each pixel if you let it. They must be trained, and work in use as in training. A map of who asked whom shows spectra, not yet a gain.
 
 Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/4_models/mamba_moe.html.md"""
 
@@ -29,13 +29,19 @@ def halve(
     "The mean of 2 x 2 pixels; at an odd end, of those that are there."
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #ae9cd7b5
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #76b3c0ab
 def enlarge(
-    x:Tensor, # (b,d,h,w)
-    size:tuple, # rows and columns
+    x:Tensor, # (b,d,i,j)
+    size:tuple, # rows and columns, which some halvings turn into i and j
+    corners:bool = False, # corners on corners, from any size to any other
 ) -> Tensor: # (b,d,*size)
-    "Blended between pixels, corners on corners."
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+    "Blended between pixels; a cell over the pixels whose mean it is, one doubling after the other."
+    size = tuple(size)
+    if corners: return F.interpolate(x, size, mode="bilinear", align_corners=True)
+    if tuple(x.shape[2:]) == size: return x
+    if size == (1, 1): raise InputError(f"x: {x.shape[2]} x {x.shape[3]} pixels are no halves of that size; use corners=True")
+    x = enlarge(x, [-(-n//2) for n in size])
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)[..., :size[0], :size[1]]
 
 # %% ../../nbs/4_models/43_mamba_moe.ipynb #bcbfcd48
 class Pyramid(nn.Module):
@@ -72,7 +78,7 @@ class _Selective(nn.Module):
             delta = F.linear(dt, self.dt_proj.weight)
             return selective_scan(x.mT, delta.mT, -self.A_log.exp(), B.mT, C.mT, self.D, None, self.dt_proj.bias, delta_softplus=True).mT
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #c0b0a8b9
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #200956b1
 class ChannelScan(nn.Module):
     "The paper's shared expert: it reads 2d channels one after the other, each a picture: (b,d,h,w) both."
     def __init__(self,
@@ -90,7 +96,7 @@ class ChannelScan(nn.Module):
         u = F.silu(self.conv(u.flatten(1, 2).mT)).unflatten(2, s.shape[2:]) # (b,e,h,w); taps run along the rows of pixels
         t = F.adaptive_avg_pool2d(u, self.grid).flatten(2) # (b,e,cells)
         t = self.norm(self.scans[0](t) + self.scans[1](t.flip(1)).flip(1))
-        y = enlarge(t.unflatten(2, self.grid), s.shape[2:]).permute(0, 2, 3, 1) # (b,h,w,e)
+        y = enlarge(t.unflatten(2, self.grid), s.shape[2:], corners=True).permute(0, 2, 3, 1) # (b,h,w,e)
         return self.out_proj(y*F.gelu(z)).permute(0, 3, 1, 2)
 
 # %% ../../nbs/4_models/43_mamba_moe.ipynb #4fe00bce
@@ -157,58 +163,64 @@ class ResidualUnit(nn.Module):
     def forward(self, x:Tensor) -> Tensor: # (b,d,h,w) both
         return x + self.convs(x)
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #89b5db93
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #e45e2330
 class FeatureFusion(nn.Module):
     "What a coarser scale says, enlarged, and what this one says: (b,d,i,j), (b,d,h,w) -> (b,d,h,w)."
     def __init__(self,
         d:int, # features of a pixel
+        corners:bool = False, # of `enlarge`
     ):
         super().__init__()
-        self.skip, self.end = ResidualUnit(d), ResidualUnit(d)
+        self.skip, self.end, self.corners = ResidualUnit(d), ResidualUnit(d), corners
 
     def forward(self, coarse:Tensor, fine:Tensor) -> Tensor: # (b,d,i,j), (b,d,h,w) -> (b,d,h,w)
-        return self.end(enlarge(coarse, fine.shape[2:]) + self.skip(fine))
+        return self.end(enlarge(coarse, fine.shape[2:], self.corners) + self.skip(fine))
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #e58cc3f1
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #68c1b931
 def guided_labels(
     logits:Tensor, # (b,k,...) of one head, at its own size
     y:Tensor, # (b,h,w) 0 = unlabelled
     kind:str, # of `uncertainty`, or "off": all labels
     generator:torch.Generator|None = None, # of the draw
+    floor:float = 0., # chance of the surest pixel
+    corners:bool = False, # of `enlarge`
 ) -> Tensor: # (b,h,w) y, with 0 where the dice say no; all of an image whose labels would all go
     "Labels that a head is taught in this step: likely where it is unsure."
     if kind == "off": return y
     with torch.no_grad():
         u = uncertainty(logits.detach().float().softmax(1), kind) # (b,...)
-        mask = sample_mask(enlarge(u[:, None], y.shape[1:])[:, 0], generator)
+        mask = sample_mask(enlarge(u[:, None], y.shape[1:], corners)[:, 0], generator)
+        if floor: mask |= torch.rand(y.shape, generator=generator, device=mask.device if generator is None else generator.device).to(mask.device) < floor
     kept = torch.where(mask, y, 0)
     return torch.where((kept > 0).flatten(1).any(1)[:, None, None], kept, y)
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #a3743993
-def _ce(logits, y): # (b,k,...), (b,h,w) -> a number
-    return F.cross_entropy(enlarge(logits, y.shape[1:]), y - 1, ignore_index=-1, reduction="sum")/(y > 0).sum().clamp(min=1)
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #9869c7a8
+def _ce(logits, y, corners): # (b,k,...), (b,h,w) -> a number
+    return F.cross_entropy(enlarge(logits, y.shape[1:], corners), y - 1, ignore_index=-1, reduction="sum")/(y > 0).sum().clamp(min=1)
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #2d4312e2
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #c61c3690
 def corrective_loss(
     logits:list, # of tensors (b,k,...), one a head, the predicting one last
     y:Tensor, # (b,h,w) 0 = unlabelled
     kind:str = "entropy", # of `guided_labels`
     full:int = -1, # the head that is taught all labels as well
     generator:torch.Generator|None = None, # of the draws
+    floor:float = 0., # of `guided_labels`
+    corners:bool = False, # of `enlarge`
 ) -> tuple: # a number, its terms by name
     "Every head on labels drawn where it is unsure, and one of them on all."
-    terms = {f"ce_{len(logits) - i}": _ce(z, guided_labels(z, y, kind, generator)) for i, z in enumerate(logits)}
-    terms["ce_full"] = _ce(logits[full], y)
+    terms = {f"ce_{len(logits) - i}": _ce(z, guided_labels(z, y, kind, generator, floor, corners), corners) for i, z in enumerate(logits)}
+    terms["ce_full"] = _ce(logits[full], y, corners)
     return sum(terms.values()), {name: v.detach() for name, v in terms.items()}
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #68b076c4
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #74a092d7
 def _turned(x, way): # (b,d,h,w) both
     "As the official code turns it: columns are laid into rows, whatever h and w; nothing is turned back."
     x = x.mT.reshape(x.shape) if way % 2 else x
     return x.flip(2, 3) if way > 1 else x
 
 class _LiteralExperts(nn.Module):
-    "In training all experts run, each in its direction; in evaluation the n-th of the chosen reads in direction n."
+    "In training all experts run, each in its direction; in evaluation the n-th heaviest of the chosen reads in direction n."
     def __init__(self, d, ranks, top):
         super().__init__()
         self.top, self.router = top, Router(d, len(ranks), top, renormalise=False)
@@ -225,23 +237,42 @@ class _Fresh(nn.Module):
     "A new shared expert at every call, for the size of the image; it holds no parameter."
     def forward(self, s, cube): return ChannelScan(s.shape[1], tuple(s.shape[2:])).to(s)(s)
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #01370ac1
-_DEFAULTS = {"fixed": dict(level="pixel", uncertainty="entropy", balance=.01), "paper": dict(level="image", uncertainty="paper", balance=0.)}
-_RANKS = (2, 4, 8, 16) # of the experts, in order; as many as are wanted
-_MEASURES = ("off", "paper", "entropy", "margin", "confidence")
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #45af1bb0
+_DEFAULTS = {"fixed": dict(level="pixel", uncertainty="entropy", balance=.01, ranks=(8, 8, 8, 8)), "paper": dict(level="image", uncertainty="paper", balance=0., ranks=(2, 4, 8, 16))}
+_MEASURES, _FLOOR = ("off", "paper", "entropy", "margin", "confidence"), .25 # chance of a label that the network has learned
 
-def _check_options(variant, level, uncertainty, balance, d, experts, top, literal, **sizes) -> None:
-    "InputError that names the option."
-    for name, v, known in (("variant", variant, tuple(_DEFAULTS)), ("level", level, ("image", "region", "pixel")), ("uncertainty", uncertainty, _MEASURES)):
-        if v not in known: raise InputError(f"{name}: expected one of {', '.join(known)}, got {v!r}")
-    for name, v in dict(d=d, experts=experts, top=top, **sizes).items():
-        if type(v) is not int or v < 1: raise InputError(f"{name}: expected a whole number of at least 1, got {v!r}")
+def _check_kinds(bands, classes, variant, level, uncertainty, d, top, **flags) -> None:
+    "InputError that names the option whose value is of no known kind."
+    for name, v, known in (("variant", variant, tuple(_DEFAULTS)), ("level", level, (None, "image", "region", "pixel")), ("uncertainty", uncertainty, (None, *_MEASURES))):
+        if v not in known: raise InputError(f"{name}: expected one of {', '.join(w for w in known if w)}, got {v!r}")
+    for name, v, least in (("bands", bands, 1), ("classes", classes, 2), ("d", d, 1), ("top", top, 1)):
+        if type(v) is not int or v < least: raise InputError(f"{name}: expected a whole number of at least {least}, got {v!r}")
+    for name, v in flags.items():
+        if type(v) is not bool: raise InputError(f"{name}: expected True or False, got {v!r}")
     if d % 4: raise InputError(f"d: expected a multiple of 4, which the norms divide by, got {d}; use {d + 4 - d % 4}")
-    if experts > len(_RANKS): raise InputError(f"experts: expected 1 to {len(_RANKS)}, of ranks {', '.join(map(str, _RANKS))}, got {experts}")
-    if top > experts: raise InputError(f"top: expected at most {experts}, the number of experts, got {top}; use top={experts}")
-    if not balance >= 0: raise InputError(f"balance: expected a number of at least 0, got {balance!r}")
+
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #99d910fc
+def _ranks(ranks, experts, top) -> tuple: # of the experts that are built
+    "Ranks as numbers, or as text such as 2-4-8-16; the first `experts` of them."
+    try: ranks = tuple(map(int, ranks.split("-"))) if isinstance(ranks, str) else tuple(ranks)
+    except (TypeError, ValueError): raise InputError(f"ranks: expected whole numbers such as (2, 4, 8, 16) or 2-4-8-16, got {ranks!r}") from None
+    if not ranks or any(type(r) is not int or r < 1 for r in ranks): raise InputError(f"ranks: expected whole numbers of at least 1, got {ranks!r}")
+    if experts is not None and (type(experts) is not int or not 1 <= experts <= len(ranks)):
+        raise InputError(f"experts: expected 1 to {len(ranks)}, of ranks {', '.join(map(str, ranks))}, got {experts!r}")
+    ranks = ranks[:experts]
+    if top > len(ranks): raise InputError(f"top: expected at most {len(ranks)}, the number of experts, got {top}; use top={len(ranks)}")
+    return ranks
+
+def _check_used(variant, level, shared, region, balance, asks_all, recompute, literal) -> None:
+    "InputError that names an option which would change nothing."
+    if region is not None and (type(region) is not int or region < 1): raise InputError(f"region: expected a whole number of at least 1, got {region!r}")
+    if region is not None and level != "region": raise InputError(f"region: nothing reads it at level {level!r}; use level='region'")
+    if balance is not None and (type(balance) not in (int, float) or not 0 <= balance < float("inf")): raise InputError(f"balance: expected a number of at least 0, got {balance!r}")
+    if balance and asks_all: raise InputError("balance: where all experts are asked, it changes nothing; use balance=0")
+    if recompute and (variant != "fixed" or not shared): raise InputError("recompute: only the band scan does it; use variant='fixed' and shared=True")
     if literal and (variant, level) != ("paper", "image"): raise InputError("literal: the official code is the paper variant, routed by image; use variant='paper' and leave level out")
 
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #fa68b085
 def _check_image(x, bands:int) -> None:
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != bands or 0 in x.shape:
         raise InputError(f"x: expected an image (b,c,h,w) with c = {bands}, got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
@@ -249,47 +280,52 @@ def _check_image(x, bands:int) -> None:
 def _dice(): # a generator of its own, seeded by torch's: a step can be repeated exactly
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #d2e3c88b
 def _features(net, x) -> tuple: # (b,c,h,w) -> three (b,d,...), coarse to fine, the last at full size; weights and scores of the routers, fine to coarse
     _check_image(x, net.pyramid.stages[0][0].in_channels)
-    cube, mixed, routed = x, [], []
+    cube, mixed, routed, read = x, [], [], any(hasattr(block.shared, "order") for block in net.blocks) # only a band scan reads the cube
     for f, block in zip(net.pyramid(x.contiguous(memory_format=torch.channels_last)), net.blocks):
-        cube = halve(cube)
+        cube = halve(cube) if read else cube
         m, r = block(f, cube)
         mixed.append(m), routed.append(r)
     coarse = net.coarsest(mixed[2])
     middle = net.fusions[0](coarse, mixed[1])
-    return (coarse, middle, enlarge(net.fusions[1](middle, mixed[0]), x.shape[2:])), routed
+    fine = enlarge(net.fusions[1](middle, mixed[0]), x.shape[2:], net.corners)
+    return (coarse, middle, fine if net.skip is None else fine + net.skip(x)), routed
 
-# %% ../../nbs/4_models/43_mamba_moe.ipynb #ac45fd01
+# %% ../../nbs/4_models/43_mamba_moe.ipynb #cd139871
 class MambaMoE(HSIModel):
     "MambaMoE (Xu et al., 2026): a whole image in, logits for every pixel out; at three scales a router asks some of several experts."
     takes = "image"
     def __init__(self,
         bands:int, # input channels
-        classes:int, # output classes
+        classes:int, # output classes, at least 2
         *,
         variant:str = "fixed", # or "paper": one choice an image, a shared expert over channels
         d:int = 32, # features of a pixel, a multiple of 4; the paper's is 64
-        experts:int = 4, # 1 to 4, of ranks 2, 4, 8, 16
+        ranks:tuple|str|None = None, # one an expert, or 2-4-8-16; None: four times 8, paper 2, 4, 8, 16
+        experts:int|None = None, # only the first of them; None: all
         top:int = 2, # how many are asked
         shared:bool = True, # an expert that is always asked
         level:str|None = None, # who chooses, "image", "region", "pixel"; None: pixel, paper image
-        region:int = 8, # side of a region, in pixels of its scale
+        region:int|None = None, # side of a region, in pixels of its scale; None: 8
         uncertainty:str|None = None, # what draws labels, "off", "paper", "entropy", "margin", "confidence"; None: entropy, paper paper
-        balance:float|None = None, # weight of the balance loss; None: .01, paper 0
+        balance:float|None = None, # weight of the balance loss; None: .01, paper 0, and 0 where all are asked
         recompute:bool = False, # run the band scan again in the backward pass: less memory, more time
-        literal:bool = False, # the official code's shared expert and directions: to look at, not to use
+        literal:bool = False, # the official code's shared expert and turned scans: to look at, not to use
     ):
         super().__init__()
-        level, uncertainty, balance = (_DEFAULTS.get(variant, _DEFAULTS["fixed"])[n] if v is None else v for n, v in dict(level=level, uncertainty=uncertainty, balance=balance).items())
-        _check_options(variant, level, uncertainty, balance, d, experts, top, literal, region=region)
-        ours, ranks, self.uncertainty, self.balance, self.top = variant == "fixed", _RANKS[:experts], uncertainty, balance, top
-        self.full = -1 if ours else 0 # the coarsest head, where the official code has it
-        def routed(): return _LiteralExperts(d, ranks, top) if literal else Experts(d, ranks, top, level, region=region, renormalise=ours and top > 1)
+        _check_kinds(bands, classes, variant, level, uncertainty, d, top, shared=shared, recompute=recompute, literal=literal)
+        usual, ours = _DEFAULTS[variant], variant == "fixed"
+        level, ranks = level or usual["level"], _ranks(usual["ranks"] if ranks is None else ranks, experts, top)
+        _check_used(variant, level, shared, region, balance, top == len(ranks), recompute, literal)
+        self.top, self.uncertainty, self.balance = top, uncertainty or usual["uncertainty"], balance
+        if balance is None: self.balance = 0. if top == len(ranks) else usual["balance"]
+        self.full, self.floor, self.corners = (-1, _FLOOR, False) if ours else (0, 0., True) # full: the coarsest head, where the official code has it
+        def routed(): return _LiteralExperts(d, ranks, top) if literal else Experts(d, ranks, top, level, region=region or 8, renormalise=ours and top > 1)
         def common(): return None if not shared else _Fresh() if literal else BandScan(bands, d, recompute=recompute) if ours else ChannelScan(d)
         self.pyramid, self.blocks = Pyramid(bands, d), nn.ModuleList(MixtureBlock(d, routed(), common()) for _ in range(3))
-        self.coarsest, self.fusions = ResidualUnit(d), nn.ModuleList(FeatureFusion(d) for _ in range(2))
+        self.coarsest, self.fusions = ResidualUnit(d), nn.ModuleList(FeatureFusion(d, self.corners) for _ in range(2))
+        self.skip = nn.Conv2d(bands, d, 1) if ours else None # what a pixel holds at full size
         self.heads = nn.ModuleList(nn.Sequential(nn.Conv2d(d, 128, 1), nn.GroupNorm(4, 128), nn.SiLU(), nn.Conv2d(128, classes, 1)) for _ in range(3))
 
     def forward(self, x:Tensor) -> Tensor: # (b,c,h,w) -> (b,k,h,w)
@@ -297,9 +333,11 @@ class MambaMoE(HSIModel):
 
     def loss(self, x:Tensor, y:Tensor) -> tuple: # (b,c,h,w), (b,h,w) with 0 = unlabelled -> a number, its terms
         maps, routed = _features(self, x)
-        loss, terms = corrective_loss([head(m) for head, m in zip(self.heads, maps)], y, self.uncertainty if self.training else "off", self.full, _dice())
+        logits, kind = [head(m) for head, m in zip(self.heads, maps)], self.uncertainty if self.training else "off"
+        loss, terms = corrective_loss(logits, y, kind, self.full, _dice(), self.floor, self.corners)
+        if not self.balance: return loss, terms
         even = sum(balance_loss(scores, route(scores, self.top)) for _, scores in routed)/3
-        return loss + self.balance*even if self.balance else loss, {**terms, "balance": even.detach()}
+        return loss + self.balance*even, {**terms, "balance": even.detach()}
 
     def routes(self, x:Tensor) -> list: # (b,c,h,w) -> weights (b,E,...) at a half, a quarter and an eighth of the size
         return [weights for weights, _ in _features(self, x)[1]]

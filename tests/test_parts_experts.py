@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hsi_mamba_nb.errors import InputError
-from hsi_mamba_nb.parts import Experts, Router, SpatialExpert, balance_loss, expert_flops, load, route, sample_mask, uncertainty
+from hsi_mamba_nb.parts import Experts, Router, SpatialExpert, balance_loss, expert_flops, expert_load, route, sample_mask, uncertainty
 from hsi_mamba_nb.scan import check_returns_home, list_orders, named_order
 from hsi_mamba_nb.start.testing import check_batch_independent, check_gradient, compare, expect_fail, same_with_gradients
 
@@ -29,7 +29,7 @@ def test_route_is_the_loop_s(k, renormalise):
                 p = [math.exp(v)/sum(map(math.exp, g[i, j].tolist())) for v in g[i, j].tolist()]
                 kept = [v if v >= sorted(p)[-top] else 0 for v in p]
                 compare(w[i, j], torch.tensor(kept, dtype=torch.float64)/(sum(kept) if renormalise else 1), 1e-12)
-        assert load(w).sum() == pytest.approx(1)
+        assert expert_load(w).sum() == pytest.approx(1)
     assert route(g.bfloat16(), 1).dtype == torch.float32
     for top in (0, k + 1):
         with pytest.raises(InputError, match=f"top={top}"): route(g, top)
@@ -38,7 +38,7 @@ def test_route_is_the_loop_s(k, renormalise):
 def test_ties_still_ask_exactly_top_and_underflow_fewer():
     assert ((route(torch.zeros(7, 4), 2) > 0).sum(1) == 2).all()
     w = route(torch.tensor([120., 0, 0, 0]), 2)
-    assert w.tolist() == [1, 0, 0, 0] and load(w).tolist() == [1, 0, 0, 0]
+    assert w.tolist() == [1, 0, 0, 0] and expert_load(w).tolist() == [1, 0, 0, 0]
 
 
 def test_balance_loss_reaches_those_left_out():

@@ -94,15 +94,15 @@ def read_rows(
 def result_rows(
     name: str,  # of a file in the repository's folder results
 ) -> list[dict]:
-    "The rows of a published result file: from the checkout, or where the package is installed alone, from the project's page."
-    path = Path(__file__).parents[1]/"results"/name
+    "The rows of a published result file, one for a .json: from the checkout, or where the package is installed alone, from the project's page."
+    path, whole = Path(__file__).parents[1]/"results"/name, name.endswith(".json")
     if path.is_file():
-        return read_rows(path)
+        return [json.loads(path.read_bytes())] if whole else read_rows(path)
     from urllib.request import urlopen
     url = f"https://raw.githubusercontent.com/hsi-mamba-nb/hsi-mamba-nb/main/results/{name}"
     try:
         with urlopen(url, timeout=30) as answer:
-            return [json.loads(line) for line in answer.read().splitlines() if line.strip()]
+            return [json.loads(text) for text in ([answer.read()] if whole else answer.read().splitlines()) if text.strip()]
     except (OSError, ValueError) as e:
         raise InputError(f"results/{name}: not beside the package, and {url} cannot be read ({getattr(e, 'reason', e)}); clone the repository") from None
 

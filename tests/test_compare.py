@@ -245,7 +245,7 @@ def test_best_possible():
 
 
 def test_published_rows_are_read_from_the_checkout_or_refused_in_one_line(monkeypatch):
-    assert len(result_rows("board.jsonl")) >= 198
+    assert len(result_rows("board.jsonl")) >= 198 and [r["command"] for r in result_rows("clusters-cpu.json")] == ["hsi-mamba bench clusters"]
 
     def offline(*_, **__): raise OSError("no network")
     monkeypatch.setattr("urllib.request.urlopen", offline)

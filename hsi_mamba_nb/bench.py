@@ -18,7 +18,8 @@ from hsi_mamba_nb.files import write_file
 from hsi_mamba_nb.memory import peak_memory
 from hsi_mamba_nb.scan.backends import available_backends, selective_scan
 
-__all__ = ["bench_block", "bench_clusters", "bench_experts", "bench_map", "bench_models", "bench_scan", "machine", "table", "table_block", "table_clusters", "table_experts", "table_map", "table_models"]
+__all__ = ["bench_block", "bench_clusters", "bench_experts", "bench_map", "bench_models", "bench_scan", "bench_students", "machine", "table", "table_block", "table_clusters", "table_experts", "table_map", "table_models",
+           "table_students"]
 
 SHAPES = [("patches", 64, 49, 512, 16), ("patches", 512, 81, 128, 16), ("sequences", 4, 1024, 256, 16), ("sequences", 16, 1024, 128, 16), ("image", 1, 16_384, 128, 16)]
 QUICK = [("patches", 4, 49, 64, 16), ("sequences", 2, 128, 32, 16)]
@@ -406,6 +407,61 @@ def table_experts(result: dict) -> str:
                       f"{'decided by':<12}{'all ms':>9}{'asked ms':>10}{'x all':>8}{'share of the cost: predicted':>31}{'measured':>10}{'measured/predicted':>20}{'Mflop forward: predicted':>27}{'counted':>9}",
                       *(f"{r['level']:<12}{1e3*r['seconds_all']:>9.1f}{1e3*r['seconds_asked']:>10.1f}{r['times_all']:>8}{r['predicted_share']:>31}{r['measured_share']:>10}"
                         f"{r['measured_over_predicted']:>20}{r['predicted_flops']/1e6:>27.1f}{r['counted_flops']/1e6:>9.1f}" for r in result["rows"])])
+
+
+STUDENTS = {"ssa-mamba": ("ssa-mamba", {}), **{f"blm, {variant}, {role}": ("blm", dict(variant=variant, role=role)) for variant in ("fixed", "paper") for role in ("teacher", "student")}}
+
+
+def bench_students(
+    quick: bool = False,  # few bands and a small scene, to see that it runs
+    repeats: int = 3,  # rounds, of which the median counts
+    progress: bool = True,
+) -> dict:
+    "What teachers and students cost once they are trained: a pixel among many, a pixel alone, and a whole scene, turn by turn."
+    import numpy as np
+
+    from hsi_mamba_nb.learn.checkpoint import Run
+    from hsi_mamba_nb.learn.map import predict_map
+    from hsi_mamba_nb.learn.protocol import count_flops
+    from hsi_mamba_nb.models.registry import create_model
+    from hsi_mamba_nb.scene import Scene, Standardizer
+    _check(repeats, "cpu")
+    b, side, classes, rows = 32 if quick else 1024, 12 if quick else 72, 10, []
+
+    @torch.no_grad()
+    def go(net, x):
+        net(x)
+    for bands in (12,) if quick else (64, 204):
+        torch.manual_seed(0)
+        nets = {name: create_model(model, bands, classes, **options).eval() for name, (model, options) in STUDENTS.items()}
+        runs = {name: Run(net, Standardizer(np.zeros(bands, np.float32), np.ones(bands, np.float32)), tuple(map(str, range(classes))), None) for name, net in nets.items()}
+        scene = Scene(np.random.default_rng(0).normal(size=(side, side, bands)).astype(np.float32), name="noise")
+        times = {(name, what): [] for name in nets for what in ("many", "one", "scene")}
+        for net in nets.values():  # the first call compiles
+            go(net, torch.randn(2, bands, net.patch, net.patch))
+        for _ in tqdm(range(repeats), desc=f"bench students, {bands} bands", unit="round", disable=None if progress else True):
+            for name, net in nets.items():
+                many = torch.randn(b, bands, net.patch, net.patch)
+                times[name, "many"].append(_time(lambda: go(net, many))/b)
+                times[name, "one"].append(statistics.median(_time(lambda: go(net, many[:1])) for _ in range(10)))
+                times[name, "scene"].append(_time(lambda: predict_map(runs[name], scene, progress=False)))
+        medians = {key: statistics.median(t) for key, t in times.items()}
+        for name, net in nets.items():
+            teacher = name.replace("student", "teacher")
+            rows.append(dict(bands=bands, model=name, patch=net.patch, parameters=sum(p.numel() for p in net.parameters()), flops=count_flops(net),
+                             many_microseconds=round(1e6*medians[name, "many"], 2), one_microseconds=round(1e6*medians[name, "one"], 1), scene_seconds=round(medians[name, "scene"], 4),
+                             flops_of_teacher=round(count_flops(net)/count_flops(nets[teacher]), 4),
+                             **{f"{what}_of_{whom}": round(medians[name, what]/medians[other, what], 4) for what in ("many", "one", "scene") for whom, other in (("teacher", teacher), ("ssa_mamba", "ssa-mamba"))}))
+    return dict(command="hsi-mamba bench students" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3), machine=machine(), batch=b, side=side, rows=rows)
+
+
+def table_students(result: dict) -> str:
+    "The result for people."
+    side = result["side"]
+    return "\n".join([*_head(result), f"evaluation, float32; a pixel among {result['batch']}, a pixel alone, a scene of {side} x {side}; x: of the teacher's time (of the same variant), of SSA-Mamba's", "",
+                      f"{'bands':>5}  {'model':<22}{'param.':>10}{'MFLOP':>9}{'us among many':>15}{'us alone':>10}{'scene s':>9}{'scene x teacher':>17}{'alone x teacher':>17}{'scene x SSA-Mamba':>19}",
+                      *(f"{r['bands']:>5}  {r['model']:<22}{r['parameters']:>10}{r['flops']/1e6:>9.2f}{r['many_microseconds']:>15}{r['one_microseconds']:>10}{r['scene_seconds']:>9.3f}"
+                        f"{r['scene_of_teacher']:>17}{r['one_of_teacher']:>17}{r['scene_of_ssa_mamba']:>19}" for r in result["rows"])])
 
 
 XIONGAN = (1580, 3750, 256)  # rows, columns, bands: 3 GB of 16-bit numbers

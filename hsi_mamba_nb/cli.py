@@ -42,17 +42,18 @@ def _split(args, scene):
             raise InputError(f"--labels {args.labels}: with --masks the two masks are the labels; drop one of the two options")
         pair = [np.where(scene.labels > 0, read_labels(f), 0) for f in args.masks]  # pixels without data have lost their label
         return s.split_published(*pair, seed=args.seed, min_per_class=args.min_per_class, name=" and ".join(args.masks))[0]
-    if args.split.endswith(".json"):
-        return s.load_split(args.split)
+    how = args.split or "blocks"
+    if how.endswith(".json"):
+        return s.load_split(how)
     if scene.labels is None:
         raise InputError(f"{args.scene}: has no labels; give the label map with --labels")
     make = {"blocks": lambda: s.split_blocks(scene, buffer=args.buffer, block=args.block, min_per_class=args.min_per_class, seed=args.seed),
             "random": lambda: s.split_random(scene, min_per_class=args.min_per_class, seed=args.seed),
             "per-class": lambda: s.split_per_class(scene, train=args.per_class, min_per_class=args.min_per_class, seed=args.seed),
             "halves": lambda: s.split_halves(scene, buffer=args.buffer, min_per_class=args.min_per_class, seed=args.seed)}
-    if args.split not in make:
-        raise InputError(f"--split {args.split}: not one of {', '.join(make)}, nor a .json file")
-    return make[args.split]()
+    if how not in make:
+        raise InputError(f"--split {how}: not one of {', '.join(make)}, nor a .json file")
+    return make[how]()
 
 
 def _value(text):
@@ -128,10 +129,11 @@ def split(args):
 
 def fit(args):
     import torch
-    from hsi_mamba_nb.learn.training import evaluate, fit as train
+    from hsi_mamba_nb.learn.training import fit as train
     from hsi_mamba_nb.models.registry import create_model
+    teacher, lesson = _teacher(args)
     scene = _scene(args)
-    made = _split(args, scene)
+    made = teacher.split if teacher and not (args.split or args.masks) else _split(args, scene)
     options = {}
     for item in args.set:
         key, sep, value = item.partition("=")
@@ -143,10 +145,34 @@ def fit(args):
     print(scene, made, sep="\n")
     if made.note:
         print(made.note)
-    run = train(model, scene, made, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, patience=args.patience, seed=args.seed,
+    if teacher:
+        from hsi_mamba_nb.learn.distill import Lesson
+        lesson = dict(lesson=Lesson(teacher, model, scene, made, **lesson))
+        print(f"taught by {teacher.model.name} in {args.teacher}")
+    run = train(model, scene, made, **lesson, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, patience=args.patience, seed=args.seed,
                 out=args.out, resume=args.resume, overwrite=args.overwrite, cpu=args.cpu, precision=args.precision)
     best = max(row["val_oa"] for row in run.history)
     print(f"{len(run.history)} epochs, best validation OA {best:.4f}\nwrote {args.out}; next: hsi-mamba evaluate {args.out}")
+
+
+LESSON = dict(temperature=dict(type=float, metavar="T", help="above 0; the higher, the more of the teacher's second thoughts are heard (default: 4)"),
+              schedule=dict(metavar="NAME", help="how the teacher's weight changes: warmup, linear, cap, constant, down (default: cap)"),
+              warmup=dict(type=float, metavar="SHARE", help="share of the training until that weight is full, 0 to 1 (default: 0.25)"),
+              cap=dict(type=float, metavar="WEIGHT", help="the teacher's largest weight in cap, constant and down, 0 to 1 (default: 0.9)"),
+              adaptive=dict(action="store_true", default=None, help="trust the teacher where it is right"),
+              features=dict(type=float, metavar="WEIGHT", help="also compare what goes into the two classifiers, with this weight (default: 0)"),
+              calibrated=dict(action="store_true", default=None, help="first make the teacher's probabilities honest on its validation pixels"))
+
+
+def _teacher(args):
+    "The run that teaches, or None, and the options of its lesson that were given."
+    from hsi_mamba_nb.learn.checkpoint import load
+    given = {k: v for k in LESSON if (v := getattr(args, k)) is not None}
+    if not args.teacher:
+        return (None, {}) if not given else _wrong(f"--{next(iter(given))}: says how a teacher is heard; name one with --teacher RUN")
+    from hsi_mamba_nb.learn.distill import lesson_options
+    lesson_options(**given)
+    return load(args.teacher), given
 
 
 def _run_and_scene(args):
@@ -212,7 +238,7 @@ def bench(args):
         raise InputError(f"{args.json}: is a folder; name a file in it")
     measure, show = {"scan": (b.bench_scan, b.table), "block": (b.bench_block, b.table_block), "map": (b.bench_map, b.table_map),
                      "models": (b.bench_models, b.table_models), "clusters": (b.bench_clusters, b.table_clusters),
-                     "experts": (b.bench_experts, b.table_experts)}[args.what]
+                     "experts": (b.bench_experts, b.table_experts), "students": (b.bench_students, b.table_students)}[args.what]
     result = measure(args.quick, **{} if args.what == "map" else dict(repeats=args.repeats), **dict(device=args.device) if args.what in ("scan", "block", "experts") else {})
     print(show(result))
     if args.json:
@@ -242,7 +268,7 @@ def _add_scene(p, optional=False):
 
 def _add_split(p):
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--split", default="blocks", metavar="blocks|halves|random|per-class|FILE.json",
+    how.add_argument("--split", metavar="blocks|halves|random|per-class|FILE.json",
                      help="how pixels are dealt to train, val and test (default: blocks)")
     how.add_argument("--masks", nargs=2, metavar=("TRAIN", "TEST"), help="a published pair of label maps instead: their numbers are the labels, their pixels the parts")
     p.add_argument("--seed", type=int, default=0, help="of the split and of training (default: 0)")
@@ -296,6 +322,10 @@ def _parser():
     c.add_argument("--overwrite", action="store_true", help="replace an existing run")
     c.add_argument("--cpu", action="store_true", help="do not use a GPU")
     c.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision on a GPU (default: no)")
+    g = c.add_argument_group("learning from a teacher")
+    g.add_argument("--teacher", metavar="RUN", help="a folder that `fit` wrote: the model also learns what that one says; without --split, on the teacher's split")
+    for name, how in LESSON.items():
+        g.add_argument(f"--{name}", **how)
 
     c = command("evaluate", evaluate, "score a run: OA, AA, kappa, per class, beside the coordinates-only baseline")
     c.add_argument("run", metavar="RUN", help="a folder that `fit` wrote")
@@ -308,7 +338,7 @@ def _parser():
     _add_scene(c, optional=True)
 
     c = command("compare", compare, "train and test models on identical pixels under one budget; one row a run, continued where it stopped")
-    c.add_argument("--models", required=True, metavar="A,B", help=f"some of: {', '.join(list_models())}; with options: ssa-mamba:patch=5:depth=1")
+    c.add_argument("--models", required=True, metavar="A,B", help=f"some of: {', '.join(list_models())}; with options: ssa-mamba:patch=5:depth=1; taught by another: cnn-1d@ssa-mamba:patch=5@temperature=2")
     c.add_argument("--scenes", required=True, metavar="A,B", help="names, see `hsi-mamba scenes`; also hard-few and hard-space, synthetic scenes with known best accuracy")
     c.add_argument("--split", default="blocks", metavar="A,B", help="blocks, halves, random, per-class (default: blocks)")
     c.add_argument("--labels", default="all", metavar="N,all", help="training pixels a class, and as many to choose the epoch on (default: all of the split's)")
@@ -320,7 +350,7 @@ def _parser():
     c.add_argument("--figure", metavar="FILE.png", help="draw the board")
 
     c = command("bench", bench, "time scans, blocks and training steps beside others' in one run")
-    c.add_argument("what", choices=("scan", "block", "models", "clusters", "experts", "map"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights; models: SSA-Mamba's training step with and without its state space; clusters: CSSMamba's with and without clusters; experts: a routed layer, the two experts that are asked beside all four; map: a scene of 3 GB on the disk")
+    c.add_argument("what", choices=("scan", "block", "models", "clusters", "experts", "students", "map"), help="scan: every backend, a loop and mambapy; block: ours and mambapy's with the same weights; models: SSA-Mamba's training step with and without its state space; clusters: CSSMamba's with and without clusters; experts: a routed layer, the two experts that are asked beside all four; students: teachers and students, a pixel and a scene; map: a scene of 3 GB on the disk")
     c.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to time on (default: cpu); on a GPU mamba_ssm is timed too, where installed")
     c.add_argument("--json", metavar="FILE", help="also write the numbers")
     c.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts (default: 3)")

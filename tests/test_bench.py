@@ -5,7 +5,7 @@ import pytest
 from test_cli import run
 
 
-@pytest.mark.parametrize("what, word", [("block", "x mambapy"), ("models", "without its state space"), ("experts", "share of the cost"), ("clusters", "x no clusters"), ("map", "strips of 17 rows give the same classes")])
+@pytest.mark.parametrize("what, word", [("block", "x mambapy"), ("models", "without its state space"), ("experts", "share of the cost"), ("students", "scene x teacher"), ("clusters", "x no clusters"), ("map", "strips of 17 rows give the same classes")])
 def test_bench(what, word, tmp_path):
     done = run("bench", what, "--quick", "--repeats", 1, "--json", "b.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -6,10 +6,10 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/protocol.html.md"""
 
 # %% auto #0
 __all__ = ['BUDGETS', 'HARD', 'few_labels', 'variance_parts', 'near_border', 'paired_t', 'holm', 'Budget', 'budget_of',
-           'steps_within', 'count_flops', 'board_scene', 'best_possible', 'model_spec', 'run_row', 'compare',
-           'board_table', 'show_board']
+           'steps_within', 'count_flops', 'board_scene', 'best_possible', 'model_spec', 'contender', 'run_row',
+           'compare', 'board_table', 'show_board']
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #cd6dc31d
+# %% ../../nbs/5_learn/52_protocol.ipynb #69386c25
 import json, os, time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ..errors import InputError
 from ..files import append_row, read_rows
 from .checkpoint import checksum, plain
+from .distill import Lesson, check_pair, lesson_options
 from .feed import feed
 from .training import fit, predict_proba
 from ..memory import peak_memory
@@ -225,7 +226,48 @@ def model_spec(
         except ValueError: return v
     return name, {k: value(v) for k, v in (p.split("=", 1) for p in parts)}
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #6378b4b6
+# %% ../../nbs/5_learn/52_protocol.ipynb #78ddfa9f
+def contender(
+    text:str, # STUDENT, STUDENT@TEACHER, or STUDENT@TEACHER@option=value:option=value; each model as in `model_spec`
+) -> tuple[str, str|None, dict]: # student, teacher or None, options of the lesson
+    "A contender taken apart: who is tested, who taught it, and how."
+    student, *rest = text.split("@")
+    if len(rest) > 2 or not all((student, *rest)): raise InputError(f"model {text!r}: write STUDENT, STUDENT@TEACHER or STUDENT@TEACHER@option=value")
+    try: return student, rest[0] if rest else None, lesson_options(**model_spec(f"lesson:{rest[1]}")[1]) if len(rest) == 2 else {}
+    except InputError as e: raise InputError(f"model {text!r}: {e}") from None
+
+# %% ../../nbs/5_learn/52_protocol.ipynb #b7f18e78
+def _made(spec, job, scene) -> nn.Module: # a model whose first weights depend on seed and init alone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000*job["seed"] + job["init"])
+        name, options = model_spec(spec)
+        return create_model(name, scene.bands, scene.classes, **options)
+
+def _trained(model, job, scene, split, budget, **more) -> tuple: # run, steps, seconds of one processor, bytes before
+    options = dict(seed=job["init"], patience=budget.patience, **more)
+    steps = steps_within(model, scene, split, budget, **options)
+    before, start = peak_memory(reset=True), time.process_time()
+    run = fit(model, scene, split, steps=steps, epoch_steps=min(steps, budget.epoch_steps), cpu=True, progress=False, **options)
+    return run, steps, time.process_time() - start, before
+
+_TEACHERS, _MOST = {}, 100 # trained in this process, the oldest forgotten first
+
+def _teacher(spec, job, scene, split, budget) -> tuple: # see `_trained`
+    key = (spec, _data(scene), split.hash, job["seed"], job["init"], budget)
+    if key not in _TEACHERS:
+        if len(_TEACHERS) >= _MOST: del _TEACHERS[next(iter(_TEACHERS))]
+        _TEACHERS[key] = _trained(_made(spec, job, scene), job, scene, split, budget)
+    return _TEACHERS[key]
+
+def _lesson(student, spec, how, job, scene, split, budget) -> tuple: # options of `fit`, what a row says of it, the teacher's model
+    run, steps, seconds, _ = _teacher(spec, job, scene, split, budget)
+    start = time.process_time()
+    lesson = Lesson(run, student, scene, split, **how)
+    about = dict(teacher=spec, teacher_val_oa=lesson.facts["teacher_val_oa"], teacher_seconds=round(seconds, 2), teacher_steps=None if hasattr(run.model, "learn") else steps,
+                 ask_seconds=round(time.process_time() - start, 3), lesson=lesson.facts)
+    return dict(lesson=lesson), about, run.model
+
+# %% ../../nbs/5_learn/52_protocol.ipynb #3e95e8b7
 def run_row(
     job:dict, # scene, model, split, labels, seed, init
     scene:Scene, # of that name
@@ -233,27 +275,22 @@ def run_row(
 ) -> dict: # one row of a board
     "Train and test one model on one split, and say all about it."
     split, threads = _job_split(scene, job), torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1000*job["seed"] + job["init"])
-        name, options = model_spec(job["model"])
-        model = create_model(name, scene.bands, scene.classes, **options)
+    student, teacher, how = contender(job["model"])
+    model = _made(student, job, scene)
     try:
         torch.set_num_threads(1)
-        options = dict(seed=job["init"], patience=budget.patience)
-        steps = steps_within(model, scene, split, budget, **options)
-        before, start = peak_memory(reset=True), time.process_time()
-        run = fit(model, scene, split, steps=steps, epoch_steps=min(steps, budget.epoch_steps), cpu=True, progress=False, **options)
-        seconds = time.process_time() - start
+        more, taught, master = _lesson(model, teacher, how, job, scene, split, budget) if teacher else ({}, {}, model)
+        run, steps, seconds, before = _trained(model, job, scene, split, budget, **more)
         scores, per_pixel = _scores(run, scene, split)
     finally: torch.set_num_threads(threads)
     costs = dict(parameters=sum(p.numel() for p in model.parameters()), flops=count_flops(model), train_seconds=round(seconds, 2), pixel_microseconds=round(1e6*per_pixel, 1),
                  extra_mb=(peak_memory() - before)/1e6, steps=None if hasattr(model, "learn") else steps, budget_seconds=budget.seconds, budget_steps=budget.steps)
-    context = model.takes == "image" or model.patch//2 > split.buffer
+    context = any(m.takes == "image" or m.patch//2 > split.buffer for m in (model, master))
     about = dict(takes=model.takes, sees_test_spectra=context, config=model.config, hash=split.hash, data=_data(scene), buffer=split.buffer, class_names=scene.class_names, left_out=split.left_out,
                  n_train=len(split.train), n_val=len(split.val), n_test=len(split.test), coords_only=coords_only_accuracy(scene, split), val_oa=max(r["val_oa"] for r in run.history))
-    return plain({**job, "budget": budget.name, **scores, **about, **costs, "date": date.today().isoformat(), "version": version("hsi-mamba-nb"), "torch": torch.__version__})
+    return plain({**job, "budget": budget.name, **scores, **about, **taught, **costs, "date": date.today().isoformat(), "version": version("hsi-mamba-nb"), "torch": torch.__version__})
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #603170ac
+# %% ../../nbs/5_learn/52_protocol.ipynb #56af4b06
 _KEY = ("scene", "data", "model", "split", "labels", "seed", "init", "budget")
 
 def _ready(models, scenes, splits, labels, seeds, inits) -> dict: # name -> scene
@@ -265,10 +302,10 @@ def _ready(models, scenes, splits, labels, seeds, inits) -> dict: # name -> scen
         if s.labels is None: raise InputError(f"{s.name}: has no labels")
         for split, n in ((p, n) for p in splits for n in labels): _job_split(s, dict(split=split, labels=n, seed=0))
         for spec in models:
-            name, options = model_spec(spec)
-            try:
-                with torch.random.fork_rng(devices=[]): create_model(name, s.bands, s.classes, **options)
+            student, teacher, how = contender(spec)
+            try: made = [_made(m, dict(seed=0, init=0), s) for m in (student, teacher) if m]
             except (TypeError, ValueError, RuntimeError, AssertionError) as e: raise InputError(f"model {spec!r}: {e}") from None
+            if teacher: check_pair(*made[::-1], how.get("features", 0.))
     return known
 
 @contextmanager
@@ -306,7 +343,7 @@ def compare(
     if world > 1: done |= {key(row): row for row in read_rows(out)}
     return [done[key(j)] for j in jobs if key(j) in done]
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #fea7ee2c
+# %% ../../nbs/5_learn/52_protocol.ipynb #b518115d
 _of = lambda rows, k: float(np.mean([r[k] for r in rows if r[k] is not None] or [np.nan]))
 
 def _by_split(rows, k="oa") -> dict: # hash -> mean over first weights
@@ -320,24 +357,26 @@ def _tests(models) -> dict: # model -> corrected p against the reference, where 
         if m != ref and len(some) >= 10: pairs[m] = paired_t([_by_split(models[m])[h] for h in some], [base[h] for h in some], _of(models[m], "n_test")/_of(models[m], "n_train"))[1]
     return dict(zip(pairs, holm(list(pairs.values())))) if pairs else {}
 
-def _line(m, rows, p) -> str:
+def _wide(models) -> int: return max(26, 2 + max(map(len, models))) # of the column of names
+
+def _line(m, rows, p, wide) -> str:
     splits, flops = list(_by_split(rows).values()), rows[0]["flops"]
     spread = f"+-{np.std(splits, ddof=1):.3f}" if len(splits) > 1 else "      "
     show = lambda k, digits: "-" if np.isnan(v := _of(rows, k)) else f"{v:.{digits}f}" # nothing to count
-    return (f"  {m + '*'*rows[0]['sees_test_spectra']:<26}{np.mean(splits):>7.3f} {spread}" + "".join(f"{show(k, 3):>8}" for k in ("aa", "kappa", "oa_border", "oa_inside"))
+    return (f"  {m + '*'*rows[0]['sees_test_spectra']:<{wide}}{np.mean(splits):>7.3f} {spread}" + "".join(f"{show(k, 3):>8}" for k in ("aa", "kappa", "oa_border", "oa_inside"))
             + f"{f'{p[m]:.2f}' if m in p else '-':>6}{rows[0]['parameters'] or '-':>9}{'-' if flops is None else f'{flops/1e6:.2f}':>8}{show('steps', 0):>7}"
             + "".join(f"{show(k, 0):>8}" for k in ("train_seconds", "pixel_microseconds", "extra_mb")))
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #a35cfdb4
+# %% ../../nbs/5_learn/52_protocol.ipynb #3a3f1341
 def _one_table(models) -> list: # lines
-    order = sorted(models, key=lambda m: -np.mean(list(_by_split(models[m]).values())))
+    order, wide = sorted(models, key=lambda m: -np.mean(list(_by_split(models[m]).values()))), _wide(models)
     some = models[order[0]]
     r, sizes = some[0], [f"{int(_of(some, k))}" for k in ("n_train", "n_val", "n_test")]
     lines = [f"{r['scene']}, {r['split']} split (buffer {r['buffer']}), {r['labels'] or 'all'} labels a class, budget {r['budget']}, {len(_by_split(some))} splits; on average train {sizes[0]}, val {sizes[1]}, test {sizes[2]}",
-             f"  {'model':<26}{'OA':>15}{'AA':>8}{'kappa':>8}{'border':>8}{'inside':>8}{'p':>6}{'param.':>9}{'MFLOP':>8}{'steps':>7}{'train s':>8}{'us/px':>8}{'MB':>8}"]
+             f"  {'model':<{wide}}{'OA':>15}{'AA':>8}{'kappa':>8}{'border':>8}{'inside':>8}{'p':>6}{'param.':>9}{'MFLOP':>8}{'steps':>7}{'train s':>8}{'us/px':>8}{'MB':>8}"]
     p = _tests(models)
     for m in order:
-        lines.append(_line(m, models[m], p))
+        lines.append(_line(m, models[m], p, wide))
         table = [[x["oa"] for x in models[m] if x["hash"] == h] for h in _by_split(models[m])]
         if len(table) > 1 and len({len(t) for t in table}) == 1 and len(table[0]) > 1: lines.append("      of its spread: " + ", ".join(f"{k} {v:.3f}" for k, v in variance_parts(table).items()))
     return lines + [f"  coordinates alone: {_of(some, 'coords_only'):.3f}"]
@@ -345,7 +384,7 @@ def _one_table(models) -> list: # lines
 def _class_table(models) -> list:
     names = next(iter(models.values()))[0]["class_names"]
     mean = lambda rows, k: [v for r in rows if (v := r["per_class"][k]) is not None]
-    return [f"  {m:<26}" + "  ".join(f"{name} {np.mean(v):.3f}" if (v := mean(rows, k)) else f"{name} -" for k, name in enumerate(names)) for m, rows in models.items()]
+    return [f"  {m:<{_wide(models)}}" + "  ".join(f"{name} {np.mean(v):.3f}" if (v := mean(rows, k)) else f"{name} -" for k, name in enumerate(names)) for m, rows in models.items()]
 
 # %% ../../nbs/5_learn/52_protocol.ipynb #3996c823
 def board_table(

@@ -8,9 +8,10 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/training.html.md"""
 __all__ = ['lr_at', 'batches', 'parameter_groups', 'NonFinite', 'first_nonfinite', 'clip_gradients', 'best_epoch',
            'predict_proba', 'fit', 'check_fits', 'evaluate', 'history_table', 'show_history']
 
-# %% ../../nbs/5_learn/50_training.ipynb #c679e0d9
+# %% ../../nbs/5_learn/50_training.ipynb #a76b0f27
 import math, time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +142,11 @@ def predict_proba(
     for x, i, pick in chunks(data, batch_size): p[i] = pick(model(x.to(device)).float()).softmax(-1).cpu().numpy()
     return p
 
-# %% ../../nbs/5_learn/50_training.ipynb #83398dec
-def _step(accelerator, model, optimizer, x, y, lr, clip, watch) -> tuple: # terms, gradient norm
+# %% ../../nbs/5_learn/50_training.ipynb #027cd426
+def _step(accelerator, model, optimizer, loss_of, x, y, lr, clip, watch) -> tuple: # terms, gradient norm
     "Forward, backward, clip, update. What is not finite is named before it can reach the weights."
     for group in optimizer.param_groups: group["lr"] = lr
-    with accelerator.autocast(), (_watch(model, x) if watch else nullcontext([])) as found: loss, terms = model.loss(x, y)
+    with accelerator.autocast(), (_watch(model, x) if watch else nullcontext([])) as found: loss, terms = loss_of(x, y)
     if found or not _finite(loss): raise NonFinite(found[0] if found else first_nonfinite(model, x) or "the loss")
     accelerator.backward(loss)
     accelerator.unscale_gradients(optimizer)
@@ -169,8 +170,8 @@ def _order(n, epoch, args) -> tuple: # the batches of an epoch, steps of the who
         passes += 1
     return order, args["steps"] or args["epochs"]*len(order)
 
-# %% ../../nbs/5_learn/50_training.ipynb #99224cc6
-def _train_epoch(accelerator, model, optimizer, data, epoch, args) -> dict: # learning rate, mean loss and terms, largest gradient norm
+# %% ../../nbs/5_learn/50_training.ipynb #5282afe1
+def _train_epoch(accelerator, model, optimizer, data, epoch, args, lesson=None) -> dict: # learning rate, mean loss and terms, largest gradient norm
     "One epoch. All randomness comes from (seed, epoch): an epoch can be repeated exactly."
     torch.manual_seed(int(np.random.SeedSequence((args["seed"], epoch)).generate_state(1)[0]))
     model.train()
@@ -180,7 +181,8 @@ def _train_epoch(accelerator, model, optimizer, data, epoch, args) -> dict: # le
     for i, index in enumerate(order):
         x, y = (t.to(accelerator.device) for t in data.batch(index))
         lr = lr_at(first + i, total, round(args["warmup"]*total), args["lr"])
-        try: terms, norm = _step(accelerator, model, optimizer, x, y, lr, args["clip"], watch=i == 0)
+        loss_of = model.loss if lesson is None else partial(lesson.loss, model, index=index, share=(first + i)/total)
+        try: terms, norm = _step(accelerator, model, optimizer, loss_of, x, y, lr, args["clip"], watch=i == 0)
         except NonFinite as e: raise NonFinite(f"epoch {epoch + 1}, step {i + 1}: not finite: {e}; try a smaller learning rate or full precision") from None
         for name, value in terms.items(): sums[name] = sums.get(name, 0.) + value*len(index)
         norms.append(norm)
@@ -196,12 +198,16 @@ def _validate(run, data, epoch) -> dict:
         raise NonFinite(f"epoch {epoch + 1}, validation: not finite: {first_nonfinite(run.model, x) or 'the output'}; try a smaller learning rate or full precision")
     return dict(val_oa=float((p.argmax(1) == y).mean()), val_loss=float(-np.log(p[np.arange(len(y)), y].clip(1e-12)).mean()))
 
-# %% ../../nbs/5_learn/50_training.ipynb #6675f487
-def _train(run, train, val, accelerator, folder, progress) -> None:
+# %% ../../nbs/5_learn/50_training.ipynb #f790f350
+def _lesson_facts(args) -> dict: # one by one, so that a resume can name what differs
+    return {"lesson": "lesson" in args or None} | {f"lesson.{k}": v for k, v in args.get("lesson", {}).items()}
+
+# %% ../../nbs/5_learn/50_training.ipynb #d0aa46e6
+def _train(run, train, val, accelerator, folder, progress, lesson=None) -> None:
     "Epochs until there are enough, or validation has stopped improving; the model ends with the weights of its best epoch."
     model, args, history = run.model.to(accelerator.device), run.train, run.history
     optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(model, args["weight_decay"]), lr=args["lr"]))
-    facts = plain(dict(model=model.name, **{f"model.{k}": v for k, v in model.config.items()}, split=run.split.hash, data=run.scene["data"], **args))
+    facts = plain(dict(model=model.name, **{f"model.{k}": v for k, v in model.config.items()}, split=run.split.hash, data=run.scene["data"], **args | _lesson_facts(args)))
     best, state = None, folder and folder/"state.safetensors"
     if folder and state.is_file():
         best, old = load_state(state, model, optimizer, facts)
@@ -212,7 +218,7 @@ def _train(run, train, val, accelerator, folder, progress) -> None:
     for epoch in bar:
         if history and epoch - 1 - best_epoch(history) >= args["patience"]: break
         start = time.perf_counter()
-        history.append(dict(epoch=epoch + 1, **_train_epoch(accelerator, model, optimizer, train, epoch, args), **_validate(run, val, epoch)))
+        history.append(dict(epoch=epoch + 1, **_train_epoch(accelerator, model, optimizer, train, epoch, args, lesson), **_validate(run, val, epoch)))
         history[-1]["seconds"] = round(time.perf_counter() - start, 3)
         bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", val=f"{history[-1]['val_oa']:.4f}")
         if best_epoch(history) == epoch: best = {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
@@ -301,16 +307,19 @@ def _finish(run, folder) -> Run:
     (folder/"state.safetensors").unlink(missing_ok=True)
     return run
 
-# %% ../../nbs/5_learn/50_training.ipynb #103b4467
+# %% ../../nbs/5_learn/50_training.ipynb #865e4386
 _ARGS = "epochs steps epoch_steps batch_size lr weight_decay warmup patience clip seed precision".split() # of fit, kept on the run's card
 
-def _check(args, model, scene, split) -> None:
+def _checked(args, model, scene, split, lesson) -> dict: # the arguments as they are kept
     _check_args(args)
     _check_scene(model, scene, split)
     _check_bands(scene, split)
     if model.takes == "image": args["batch_size"] = 1 # a tile is many samples
+    if lesson is None: return args
+    if hasattr(model, "learn"): raise InputError(f"{model.name}: is not trained by gradients, so no lesson can reach it; choose a network")
+    return args | dict(lesson=plain(lesson.facts))
 
-# %% ../../nbs/5_learn/50_training.ipynb #34f0f2aa
+# %% ../../nbs/5_learn/50_training.ipynb #b0a228f6
 def fit(
     model:nn.Module, # from `create_model`, for the scene's bands and classes
     scene:Scene, # with labels
@@ -331,15 +340,15 @@ def fit(
     cpu:bool = False, # stay on the CPU where there is a GPU
     precision:str = "no", # or mixed on a GPU: "bf16", "fp16"
     progress:bool = True, # show a bar
+    lesson = None, # in place of the model's own loss: see below
 ) -> Run: # in evaluation mode, with the weights of its best epoch
     "Train on split.train, keep the epoch that is best on split.val, and return it; split.test is never looked at."
-    args = {k: v for k, v in locals().items() if k in _ARGS}
-    _check(args, model, scene, split)
+    args = _checked({k: v for k, v in locals().items() if k in _ARGS}, model, scene, split, lesson)
     run = Run(model, Standardizer.fit(scene.cube, split.train), scene.class_names, split, scene.wavelengths_nm, [], args, _about(scene, split))
     data = [feed(model, scene.cube, i, scene.labels, run.scale, scene.nodata) for i in (split.train, split.val)]
     accelerator = _accelerator(cpu, precision)
     folder = None if out is None else _open_folder(Path(out), split, resume, overwrite)
-    with _forked_rng(): _learn(run, *data) if hasattr(model, "learn") else _train(run, *data, accelerator, folder, progress)
+    with _forked_rng(): _learn(run, *data) if hasattr(model, "learn") else _train(run, *data, accelerator, folder, progress, lesson)
     return run if folder is None else _finish(run, folder)
 
 # %% ../../nbs/5_learn/50_training.ipynb #b5fda1ec

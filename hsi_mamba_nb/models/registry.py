@@ -21,6 +21,7 @@ _MODELS = {
     "mamba-hsi": "hsi_mamba_nb.models.mamba_hsi:MambaHSI",
     "css-mamba": "hsi_mamba_nb.models.css_mamba:CSSMamba",
     "mamba-moe": "hsi_mamba_nb.models.mamba_moe:MambaMoE",
+    "blm": "hsi_mamba_nb.models.blm_kd:BLM",
 }
 
 

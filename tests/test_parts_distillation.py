@@ -117,8 +117,8 @@ def test_bad_input_is_one_line():
     s, z, y = logits()
     for f, word in ((lambda: kd_loss(s, z[:, :4]), "same samples"), (lambda: distillation_loss(s, z, y, 1.5), "lam"), (lambda: distillation_loss(s, z, y + 5, .5), "1 to k = 5"),
                     (lambda: distillation_loss(s, z, y[:3], .5), "pass"), (lambda: adaptive_weights(z, y.double()), "whole numbers"), (lambda: calibration_error(z, y), "soften"),
-                    (lambda: calibration_error(soften(z), 0*y), "unlabelled"), (lambda: calibration_error(soften(z), y, 0), "bins"), (lambda: calibrate(z, 0*y), "unlabelled"),
-                    (lambda: calibrate(z.log(), y), "finite"), (lambda: similarity_loss(s, z[:3]), "same n samples")):
+                    (lambda: calibration_error(soften(z), 0*y), "unlabelled"), (lambda: calibration_error(soften(z), y, 0), "bins"), (lambda: calibration_error(z[:0], y[:0]), "unlabelled"), (lambda: calibrate(z, 0*y), "unlabelled"),
+                    (lambda: calibrate(z.log(), y), "finite"), (lambda: calibrate(z, y, (2., 1.)), "limits"), (lambda: calibrate(z, y, (0., 1.)), "limits"), (lambda: similarity_loss(s, z[:3]), "same n samples")):
         with pytest.raises(InputError, match=word) as caught: f()
         assert "\n" not in str(caught.value)
 
@@ -153,9 +153,39 @@ def test_calibration():
     assert nll(T) <= min(nll(.99*T), nll(1.01*T))
     assert calibration_error(soften(z), y) < .02 < .15 < calibration_error(soften(3*z), y)
     compare(calibrate(torch.tensor([[5., 0], [0, 5]]), torch.tensor([1, 2])), .05, 1e-6, name="all right: the limit")
+    compare(calibrate(torch.tensor([[5., 0], [0, 5]]), torch.tensor([2, 1])), 20., 1e-6, name="all wrong: the other one")
+    assert calibrate(torch.full((3, 5), .1), torch.tensor([1, 2, 3])) == 1 == calibrate(torch.tensor([[2., 2], [5, 0]]), torch.tensor([1, 0])), "logits without spread"
     p = torch.tensor([[.9, .1]]*4 + [[.6, .4]]*2)
     compare(calibration_error(p, torch.tensor([1, 1, 1, 2, 1, 1])), 1.4/6, 1e-6)
     compare(calibration_error(torch.eye(3), torch.tensor([1, 2, 3])), 0., atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16])
+def test_labels_of_any_whole_type(dtype):
+    s, z, y = logits()
+    small = y.to(dtype)
+    assert torch.equal(distillation_loss(s, z, small, .4, adaptive=True)[0], distillation_loss(s, z, y, .4, adaptive=True)[0])
+    assert calibrate(z, small) == calibrate(z, y) and calibrate(z.numpy(), small.numpy()) == calibrate(z, y)
+    assert calibration_error(soften(z), small) == calibration_error(soften(z), y)
+
+
+def test_similarity_of_a_sample_without_features():
+    "A row of zeros has no direction: it adds a constant, and its gradient stays of the size of the others'."
+    g = torch.Generator().manual_seed(0)
+    f, h = torch.randn(6, 3, generator=g), torch.randn(6, 5, generator=g)
+    for student, teacher in ((f*(torch.arange(6) > 0)[:, None], h), (f, h*(torch.arange(6) > 0)[:, None]), (0*f, h), (0*f, 0*h)):
+        student.requires_grad_()
+        loss = similarity_loss(student, teacher)
+        loss.backward()
+        assert loss.isfinite() and student.grad.isfinite().all() and student.grad.abs().max() < 1
+    assert similarity_loss(0*f, 0*h).item() == 0
+
+
+def test_similarity_is_not_lost_in_half_precision():
+    f, h = 500*torch.eye(4), 500*torch.ones(4, 2) # squares pass 65,504, the largest half
+    want = similarity_loss(f, h)
+    compare(similarity_loss(f.half(), h.half()), want, 1e-6)
+    with torch.autocast("cpu", torch.float16): compare(similarity_loss(f, h), want, 1e-6)
 
 
 @pytest.mark.parametrize("n, d, e", [(1, 3, 4), (6, 3, 5), (5, 8, 2)])

@@ -47,10 +47,9 @@ def kd_loss(
     loss = terms.sum(1)*(temperature**2 if scale else 1)
     return loss.sum()/max(len(loss), 1) if reduce else loss
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #3644b03e
-def _ramp(share, warmup) -> float: return min(share/warmup, 1.) if warmup > 0 else 1.
+# %% ../../nbs/3_parts/33_distillation.ipynb #039a6d28
+_ramp = lambda share, warmup: min(share/warmup, 1.) if warmup > 0 else 1.
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #285ec27b
 SCHEDULES = {
     "warmup": lambda share, warmup, cap: _ramp(share, warmup), # the paper: 1 from the end of the warm-up on
     "linear": lambda share, warmup, cap: share, # its README: 1 only after the last step
@@ -71,14 +70,16 @@ def schedule(
         if not 0 <= value <= 1: raise InputError(f"{name}={value}; use a number from 0 to 1")
     return float(SCHEDULES[kind](share, warmup, cap))
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #5c7ef7f2
-def _check_labels(scores, y) -> None:
+# %% ../../nbs/3_parts/33_distillation.ipynb #c1de23de
+def _check_labels(scores, y) -> Tensor: # (n,) int64
     if scores.ndim != 2 or y.shape != scores.shape[:1]: raise InputError(f"scores and y are {tuple(scores.shape)} and {tuple(y.shape)}; pass (n,k) and (n,)")
     if y.is_floating_point() or y.is_complex(): raise InputError(f"y is {y.dtype}; pass whole numbers, 0 for unlabelled")
+    y = y.long() # uint16 has no minimum
     if len(y) and not 0 <= y.min() <= y.max() <= scores.shape[1]:
         raise InputError(f"y runs from {y.min()} to {y.max()}; use 0 for unlabelled, else 1 to k = {scores.shape[1]}")
+    return y
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #ee39717a
+# %% ../../nbs/3_parts/33_distillation.ipynb #9c73747c
 def distillation_loss(
     student:Tensor, # (n,k) logits
     teacher:Tensor, # (n,k) logits; no gradient reaches them
@@ -90,57 +91,59 @@ def distillation_loss(
 ) -> tuple: # a number; dict of its two parts "ce" and "kd", unweighted and without gradient
     "(1 - lambda) cross-entropy, averaged over labelled samples, + lambda KD, averaged over all."
     if not 0 <= lam <= 1: raise InputError(f"lam={lam}; use a weight from 0 to 1")
-    _check_labels(student, y)
+    y = _check_labels(student, y)
     kd = kd_loss(student, teacher, temperature, scale, reduce=False) # (n,)
-    ce = F.cross_entropy(student.to(kd.dtype), y.long() - 1, ignore_index=-1, reduction="none") # (n,), 0 where unlabelled
+    ce = F.cross_entropy(student.to(kd.dtype), y - 1, ignore_index=-1, reduction="none") # (n,), 0 where unlabelled
     w = lam*(adaptive_weights(teacher, y) if adaptive else torch.ones_like(kd)) # (n,)
     labelled, every = (y > 0).sum().clamp(min=1), max(len(y), 1)
     loss = ((1 - w)*ce).sum()/labelled + (w*kd).sum()/every
     return loss, dict(ce=ce.detach().sum()/labelled, kd=kd.detach().sum()/every)
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #3612b29b
+# %% ../../nbs/3_parts/33_distillation.ipynb #c023c083
 def adaptive_weights(
     teacher:Tensor, # (n,k) logits
     y:Tensor, # (n,) classes 1..k, 0 = unlabelled
     temperature:float = 1., # at which the teacher is asked
 ) -> Tensor: # (n,) in 0..1, no gradient
     "Trust in the teacher, sample by sample: what it gives to the true class; its largest probability where there is no label."
-    _check_labels(teacher, y)
+    y = _check_labels(teacher, y)
     q = soften(teacher.detach(), temperature)
-    return torch.where(y > 0, q.gather(1, (y.long() - 1).clamp(min=0)[:, None])[:, 0], q.amax(1))
+    return torch.where(y > 0, q.gather(1, (y - 1).clamp(min=0)[:, None])[:, 0], q.amax(1))
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #a9fd640c
+# %% ../../nbs/3_parts/33_distillation.ipynb #cd275168
 def calibration_error(
     p:Tensor, # (n,k) probabilities, tensor or array
     y:Tensor, # (n,) classes 1..k; samples with 0 are left out
     bins:int = 15, # of equal width
 ) -> float: # 0 = says 70 % and is right in 70 %
     "Expected calibration error: gap between confidence and accuracy in each bin of confidence, weighted by its samples."
-    p, y = torch.as_tensor(p).double(), torch.as_tensor(y)
-    _check_labels(p, y)
+    p = torch.as_tensor(p).double()
+    y = _check_labels(p, torch.as_tensor(y))
     if bins < 1: raise InputError(f"bins={bins}; use at least 1")
-    if not (p.sum(1) - 1).abs().max() < 1e-3 or p.min() < 0: raise InputError("p: rows are not probabilities; pass soften(logits)")
     if not (y > 0).any(): raise InputError("y: all samples are unlabelled; pass some with labels")
+    if not (p.sum(1) - 1).abs().max() < 1e-3 or p.min() < 0: raise InputError("p: rows are not probabilities; pass soften(logits)")
     confidence, guess = p[y > 0].max(1)
     right = (guess + 1 == y[y > 0]).double()
     place = (confidence*bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=p.dtype).index_add(0, place, right - confidence) # (bins,) sums
     return (gap.abs().sum()/len(right)).item()
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #3c404f50
+# %% ../../nbs/3_parts/33_distillation.ipynb #33bec7a8
 def calibrate(
     logits:Tensor, # (n,k) of validation pixels, tensor or array
     y:Tensor, # (n,) classes 1..k; samples with 0 are left out
     limits:tuple = (.05, 20.), # the temperature is sought between these
-) -> float: # temperature
-    "The temperature that minimises the cross-entropy of softmax(logits/T), by bisection of its slope."
-    z, y = torch.as_tensor(logits).detach().double(), torch.as_tensor(y)
-    _check_labels(z, y)
+) -> float: # temperature; 1 where no row of logits prefers a class
+    "T of the smallest cross-entropy of softmax(logits/T). At a limit there is no best T between: all right (lower), or no better than chance (upper)."
+    z = torch.as_tensor(logits).detach().double()
+    y, (low, high) = _check_labels(z, torch.as_tensor(y)), limits
+    if not 0 < low < high < math.inf: raise InputError(f"limits={limits}; use two temperatures above 0, the lower first")
     if not (y > 0).any(): raise InputError("y: all samples are unlabelled; pass some with labels")
     if not z.isfinite().all(): raise InputError("logits: not all finite; of probabilities pass p.clamp(1e-12).log()")
     z, y = z[y > 0], y[y > 0]
-    truth = z.gather(1, y.long()[:, None] - 1).mean() # mean logit of the true class
-    low, high = (math.log(v) for v in limits)
+    if (z == z[:, :1]).all(): return 1.
+    truth = z.gather(1, y[:, None] - 1).mean() # mean logit of the true class
+    low, high = math.log(low), math.log(high)
     for _ in range(50):
         middle = (low + high)/2
         expected = (soften(z, math.exp(middle))*z).sum(1).mean()
@@ -148,7 +151,13 @@ def calibrate(
         else: high = middle
     return math.exp((low + high)/2)
 
-# %% ../../nbs/3_parts/33_distillation.ipynb #5f52f1e7
+# %% ../../nbs/3_parts/33_distillation.ipynb #b9217dac
+def _alike(f) -> Tensor: # (n,n) inner products, rows of length 1; 0 for a sample without features
+    with torch.autocast(f.device.type, enabled=False): G = f @ f.mT # squares overflow in half precision
+    live = G.detach().norm(dim=1, keepdim=True) > 1e-12*G.detach().norm() # (n,1)
+    return torch.where(live, F.normalize(torch.where(live, G, 1.)), 0.) # 1: no division by 0, not even in the gradient
+
+# %% ../../nbs/3_parts/33_distillation.ipynb #2d34b883
 def similarity_loss(
     student:Tensor, # (n,d) features
     teacher:Tensor, # (n,e) features of the same samples; any width, no gradient reaches them
@@ -157,5 +166,5 @@ def similarity_loss(
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
         raise InputError(f"student and teacher are {tuple(student.shape)} and {tuple(teacher.shape)}; pass features (n,d) and (n,e) of the same n samples")
     a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher.detach()))
-    gap = F.normalize(a @ a.mT) - F.normalize(b @ b.mT).to(a.dtype) # (n,n)
+    gap = _alike(a) - _alike(b).to(a.dtype) # (n,n)
     return gap.square().sum()/max(gap.numel(), 1)

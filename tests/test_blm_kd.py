@@ -142,6 +142,12 @@ def test_bounded_for_any_matrix():
     assert bounded(torch.zeros(3, 3), .9).abs().max() == 0
     for rho in (0., 1., -1.):
         with pytest.raises(InputError, match="rho"): bounded(W, rho)
+    for kind in (torch.float16, torch.bfloat16):
+        with pytest.raises(InputError, match="float32"): bounded(W.to(kind), .9)
+        with pytest.raises(InputError, match="keep the weights in float32"): make().to(kind)(draw(2, 10, 9, 9).to(kind))
+    s = torch.tensor([.5, 1., 2.], dtype=torch.float64)
+    slope = torch.stack([torch.autograd.functional.jacobian(lambda v: bounded(v.view(1, 1), .9), v).squeeze() for v in s])
+    compare(slope, 1.8*(1 - s**2)/(1 + s**2)**2, 1e-9)  # beyond s = 1 a larger W gives a smaller A
 
 
 def test_a_radius_below_one_is_no_bound():
@@ -194,6 +200,37 @@ def test_selective_core_is_the_packages_scan():
     flat = lambda c: lambda v: (c(v) - c(torch.zeros_like(v))).detach()
     check_linear(flat(AffineCore(6, 4, 9)), x, draw(2, 9, 6, seed=1), 1e-4)
     with pytest.raises(AssertionError): check_linear(flat(core), x, draw(2, 9, 6, seed=1), 1e-2)
+
+
+def test_the_selective_state_has_a_bound_of_its_own():
+    torch.manual_seed(0)
+    core, x = SelectiveCore(6, 4, 30), 3*draw(5, 1, 6).expand(-1, 30, -1)
+    with torch.no_grad():
+        (write, read), step = core.gates(x).unbind(-1), F.softplus(core.step(x)).amax(1)
+        h, most = (core(x)/read[..., None]).abs().amax(1), (write[..., None]*(core.enter(x) + core.position)).abs().amax(1)
+        assert (h <= most*step/(1 - torch.exp(-core.A_log.exp()*step))*(1 + 1e-4)).all()
+        assert not (h <= most*step).all()  # what one step lets in is no bound
+
+
+def test_both_variants_written_out():
+    x, walk = draw(3, 10, 9, 9), lambda core, v: affine_scan_ref(core.matrix(), core.drive(v))
+    net, old = (make(variant=v, dropout=0.) for v in ("fixed", "paper"))
+    with torch.no_grad():
+        t = net.encoder(net.input(x)).flatten(2).mT
+        v = net.project(t)
+        y = t + net.read(torch.cat([walk(net.cores[0], v), walk(net.cores[1], v.flip(1)).flip(1)], -1))
+        compare(net(x), net.head(net.norm(torch.cat([y[:, 40], y.mean(1)], -1))), 1e-5)
+        compare(old(x), old.head(old.read(walk(old.cores[0], old.project(old.encoder(x).flatten(2).mT))).mean(1)), 1e-5)
+
+
+def test_reach_of_the_encoders():
+    x, push = draw(1, 6, 9, 9), torch.zeros(1, 6, 9, 9)
+    push[0, 0, 4, 4] = 1
+    torch.manual_seed(0)
+    for fixed in (False, True):
+        f = LatentEncoder(6, fixed=fixed).eval()
+        seen = (f(x + push) - f(x)).abs().sum(1)[0] > 0
+        assert seen.all() if fixed else 9 < seen.sum() == seen[2:7, 2:7].sum()  # ours hears the whole patch through its norm
 
 
 def test_the_centre_counts_more_than_a_corner():

@@ -1,4 +1,4 @@
-"""There is none: two convolutions make tokens, and a linear recurrence reads them. A student that differs in the state alone is hardly cheaper than its teacher; with an encoder of its own it costs less than a tenth.
+"""There is none: two convolutions make tokens, and a linear recurrence reads them. On raw bands a student that differs in the state alone is hardly cheaper than its teacher; with an encoder of its own it needs less than a tenth of the operations, though not of the time.
 
 Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/4_models/blm_kd.html.md"""
 
@@ -99,13 +99,14 @@ def state_bound(
     "U/(1 - rho), with U the largest length of a sequence's u_t: no state is longer."
     return u.norm(dim=-1).amax(-1)/(1 - rho)
 
-# %% ../../nbs/4_models/44_blm_kd.ipynb #77ad1fc7
+# %% ../../nbs/4_models/44_blm_kd.ipynb #35b76667
 def bounded(
     W:Tensor, # (n,n) any matrix
     rho:float, # below 1
 ) -> Tensor: # (n,n)
     "2 rho W (1 + W'W)^-1: each singular value s becomes 2 rho s/(1 + s^2), which is never above rho."
     if not 0 < rho < 1: raise InputError(f"rho: expected a number between 0 and 1, got {rho!r}")
+    if W.dtype not in (torch.float32, torch.float64): raise InputError(f"W: expected float32 or float64, got {W.dtype}; keep the weights in float32, and use autocast for speed")
     return torch.linalg.solve(torch.eye(len(W), dtype=W.dtype, device=W.device) + W.mT @ W, 2*rho*W, left=False)
 
 # %% ../../nbs/4_models/44_blm_kd.ipynb #12a6de79
@@ -136,7 +137,7 @@ def affine_scan(
     if u.ndim != 3 or u.shape[1] < 1 or A.shape != (u.shape[2],)*2: raise InputError(f"affine_scan: A is (n,n), u is (b,l,n) with l >= 1; got {tuple(A.shape)} and {tuple(u.shape)}")
     return _Scan.apply(A, u)
 
-# %% ../../nbs/4_models/44_blm_kd.ipynb #c27d9838
+# %% ../../nbs/4_models/44_blm_kd.ipynb #50926379
 class AffineCore(nn.Module):
     "States of a bounded linear recurrence, h_t = A h_(t-1) + B x_t + position_t: (b,l,d) -> (b,l,n)."
     def __init__(self,
@@ -148,7 +149,7 @@ class AffineCore(nn.Module):
         super().__init__()
         self.rho, self.enter, self.position = rho, nn.Linear(d, n, bias=False), nn.Parameter(.02*torch.randn(l, n))
         self.W = nn.Parameter(torch.diag(torch.linspace(.1, .9, n)) + .02*torch.randn(n, n)) # from states that forget at once to states that keep
-        self.W._no_weight_decay = True # decay would shorten every memory
+        self.W._no_weight_decay = True # decay would shorten memories (s < 1)
 
     def __setstate__(self, state): # a copy or a pickle has new parameters
         super().__setstate__(state)

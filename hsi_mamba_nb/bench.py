@@ -437,8 +437,8 @@ def bench_students(
         runs = {name: Run(net, Standardizer(np.zeros(bands, np.float32), np.ones(bands, np.float32)), tuple(map(str, range(classes))), None) for name, net in nets.items()}
         scene = Scene(np.random.default_rng(0).normal(size=(side, side, bands)).astype(np.float32), name="noise")
         times = {(name, what): [] for name in nets for what in ("many", "one", "scene")}
-        for net in nets.values():  # the first call compiles
-            go(net, torch.randn(2, bands, net.patch, net.patch))
+        for net in nets.values():  # the first call compiles, the first large one takes its memory
+            go(net, torch.randn(b, bands, net.patch, net.patch))
         for _ in tqdm(range(repeats), desc=f"bench students, {bands} bands", unit="round", disable=None if progress else True):
             for name, net in nets.items():
                 many = torch.randn(b, bands, net.patch, net.patch)
@@ -450,18 +450,21 @@ def bench_students(
             teacher = name.replace("student", "teacher")
             rows.append(dict(bands=bands, model=name, patch=net.patch, parameters=sum(p.numel() for p in net.parameters()), flops=count_flops(net),
                              many_microseconds=round(1e6*medians[name, "many"], 2), one_microseconds=round(1e6*medians[name, "one"], 1), scene_seconds=round(medians[name, "scene"], 4),
-                             flops_of_teacher=round(count_flops(net)/count_flops(nets[teacher]), 4),
-                             **{f"{what}_of_{whom}": round(medians[name, what]/medians[other, what], 4) for what in ("many", "one", "scene") for whom, other in (("teacher", teacher), ("ssa_mamba", "ssa-mamba"))}))
+                             flops_of_teacher=None if name == "ssa-mamba" else round(count_flops(net)/count_flops(nets[teacher]), 4),  # it has none
+                             **{f"{what}_of_{whom}": None if (name, whom) == ("ssa-mamba", "teacher") else round(medians[name, what]/medians[other, what], 4) for what in ("many", "one", "scene") for whom, other in (("teacher", teacher), ("ssa_mamba", "ssa-mamba"))}))
     return dict(command="hsi-mamba bench students" + " --quick"*quick + f" --repeats {repeats}"*(repeats != 3), machine=machine(), batch=b, side=side, rows=rows)
 
 
 def table_students(result: dict) -> str:
     "The result for people."
-    side = result["side"]
+    side, of = result["side"], {"many x teacher": "many_of_teacher", "alone x teacher": "one_of_teacher", "scene x teacher": "scene_of_teacher", "scene x SSA-Mamba": "scene_of_ssa_mamba"}
+
+    def ratio(row, key):  # SSA-Mamba has no teacher
+        return "-" if row[key] is None or row["model"] == "ssa-mamba" and key.endswith("teacher") else row[key]
     return "\n".join([*_head(result), f"evaluation, float32; a pixel among {result['batch']}, a pixel alone, a scene of {side} x {side}; x: of the teacher's time (of the same variant), of SSA-Mamba's", "",
-                      f"{'bands':>5}  {'model':<22}{'param.':>10}{'MFLOP':>9}{'us among many':>15}{'us alone':>10}{'scene s':>9}{'scene x teacher':>17}{'alone x teacher':>17}{'scene x SSA-Mamba':>19}",
+                      f"{'bands':>5}  {'model':<22}{'param.':>10}{'MFLOP':>9}{'us among many':>15}{'us alone':>10}{'scene s':>9}" + "".join(f"{k:>{len(k) + 2}}" for k in of),
                       *(f"{r['bands']:>5}  {r['model']:<22}{r['parameters']:>10}{r['flops']/1e6:>9.2f}{r['many_microseconds']:>15}{r['one_microseconds']:>10}{r['scene_seconds']:>9.3f}"
-                        f"{r['scene_of_teacher']:>17}{r['one_of_teacher']:>17}{r['scene_of_ssa_mamba']:>19}" for r in result["rows"])])
+                        + "".join(f"{ratio(r, key):>{len(k) + 2}}" for k, key in of.items()) for r in result["rows"])])
 
 
 XIONGAN = (1580, 3750, 256)  # rows, columns, bands: 3 GB of 16-bit numbers

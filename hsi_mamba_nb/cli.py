@@ -35,6 +35,9 @@ def _scene(args):
 def _split(args, scene):
     "The split an argument names: a strategy, a pair of masks, or a file written by `hsi-mamba split`."
     from hsi_mamba_nb.scene import split as s
+    for option, default in SPLIT.items():
+        if getattr(args, option) is None:
+            setattr(args, option, default)
     if args.masks:
         import numpy as np
         from hsi_mamba_nb.scene.formats import read_labels
@@ -54,6 +57,9 @@ def _split(args, scene):
     if how not in make:
         raise InputError(f"--split {how}: not one of {', '.join(make)}, nor a .json file")
     return make[how]()
+
+
+SPLIT = dict(buffer=4, block=6, per_class=30, min_per_class=5)  # filled in late, so that what was given can be told
 
 
 def _value(text):
@@ -157,10 +163,10 @@ def fit(args):
 
 LESSON = dict(temperature=dict(type=float, metavar="T", help="above 0; the higher, the more of the teacher's second thoughts are heard (default: 4)"),
               schedule=dict(metavar="NAME", help="how the teacher's weight changes: warmup, linear, cap, constant, down (default: cap)"),
-              warmup=dict(type=float, metavar="SHARE", help="share of the training until that weight is full, 0 to 1 (default: 0.25)"),
+              warmup=dict(type=float, metavar="SHARE", help="share of the training until the teacher's weight is full, 0 to 1 (default: 0.25); the learning rate has a warm-up of its own"),
               cap=dict(type=float, metavar="WEIGHT", help="the teacher's largest weight in cap, constant and down, 0 to 1 (default: 0.9)"),
               adaptive=dict(action="store_true", default=None, help="trust the teacher where it is right"),
-              features=dict(type=float, metavar="WEIGHT", help="also compare what goes into the two classifiers, with this weight (default: 0)"),
+              features=dict(type=float, metavar="WEIGHT", help="also compare what goes into the two classifiers, with this weight (default: 0); the term is of the order 1/pixels of a batch, so hundreds to thousands are usual"),
               calibrated=dict(action="store_true", default=None, help="first make the teacher's probabilities honest on its validation pixels"))
 
 
@@ -171,7 +177,13 @@ def _teacher(args):
     if not args.teacher:
         return (None, {}) if not given else _wrong(f"--{next(iter(given))}: says how a teacher is heard; name one with --teacher RUN")
     from hsi_mamba_nb.learn.distill import lesson_options
+    from hsi_mamba_nb.learn.training import _check_folder
     lesson_options(**given)
+    if extra := [k for k in SPLIT if getattr(args, k) is not None and not (args.split or args.masks)]:
+        raise InputError(f"--{extra[0].replace('_', '-')}: the split is the teacher's; add --split to make a new one")
+    if Path(args.out).resolve() == Path(args.teacher).resolve():
+        raise InputError(f"--out {args.out}: is the teacher's folder; choose another")
+    _check_folder(Path(args.out), args.resume, args.overwrite)  # before the teacher is asked, not after it
     return load(args.teacher), given
 
 
@@ -272,10 +284,10 @@ def _add_split(p):
                      help="how pixels are dealt to train, val and test (default: blocks)")
     how.add_argument("--masks", nargs=2, metavar=("TRAIN", "TEST"), help="a published pair of label maps instead: their numbers are the labels, their pixels the parts")
     p.add_argument("--seed", type=int, default=0, help="of the split and of training (default: 0)")
-    p.add_argument("--buffer", type=int, default=4, help="blocks and halves: pixels kept free between parts, at least the patch radius (default: 4)")
-    p.add_argument("--block", type=int, default=6, help="blocks: side of a block in pixels (default: 6)")
-    p.add_argument("--per-class", type=int, default=30, help="per-class: training pixels a class (default: 30)")
-    p.add_argument("--min-per-class", type=int, default=5, help="pixels each class must have in each part (default: 5)")
+    p.add_argument("--buffer", type=int, help="blocks and halves: pixels kept free between parts, at least the patch radius (default: 4)")
+    p.add_argument("--block", type=int, help="blocks: side of a block in pixels (default: 6)")
+    p.add_argument("--per-class", type=int, help="per-class: training pixels a class (default: 30)")
+    p.add_argument("--min-per-class", type=int, help="pixels each class must have in each part (default: 5)")
 
 
 def _parser():
@@ -323,7 +335,7 @@ def _parser():
     c.add_argument("--cpu", action="store_true", help="do not use a GPU")
     c.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision on a GPU (default: no)")
     g = c.add_argument_group("learning from a teacher")
-    g.add_argument("--teacher", metavar="RUN", help="a folder that `fit` wrote: the model also learns what that one says; without --split, on the teacher's split")
+    g.add_argument("--teacher", metavar="RUN", help="a folder that `fit` wrote: the model also learns what that one says; without --split or --masks, on the teacher's split")
     for name, how in LESSON.items():
         g.add_argument(f"--{name}", **how)
 

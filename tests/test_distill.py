@@ -1,5 +1,6 @@
 """One model teaches another: asked once, unmoved, and refused where it has seen what it must not."""
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from test_cli import run as command
 
+from hsi_mamba_nb.cli import main
 from hsi_mamba_nb.errors import InputError
 from hsi_mamba_nb.files import read_rows
 from hsi_mamba_nb.learn import Run, compare, few_labels, fit, load
-from hsi_mamba_nb.learn.distill import GROUP, Lesson, ask, classifier_of, distill, lesson_options
-from hsi_mamba_nb.learn.protocol import contender
+from hsi_mamba_nb.learn.distill import GROUP, Lesson, _seen_by, ask, classifier_of, distill, lesson_options
+from hsi_mamba_nb.learn.protocol import board_table, contender
 from hsi_mamba_nb.learn.training import batches
 from hsi_mamba_nb.models import create_model
 from hsi_mamba_nb.scene import Standardizer, split_blocks, split_random, synthetic_scene
@@ -66,12 +68,13 @@ def test_an_answer_is_the_pixels_own(teacher, teachers, scene, split):
     if teacher == "cnn-2d": torch.testing.assert_close(teachers[teacher].model.head(felt), said)
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-@pytest.mark.parametrize("teacher", TEACHERS)
-def test_asked_once_or_always(teacher, name, teachers, scene, split):
+@pytest.mark.parametrize("teacher, name, precision", [*((t, s, "no") for t in TEACHERS for s in STUDENTS), *(("cnn-2d", s, "bf16") for s in STUDENTS)])
+def test_asked_once_or_always(teacher, name, precision, teachers, scene, split):
     "The same answers make the same student; an image student finds its pixels in its tiles."
     options = dict(features=0. if teacher == "svm" else 1., adaptive=True, temperature=2.)
-    once, always = (distill(teachers[teacher], student(scene, name), scene, live=live, **options, **QUICK) for live in (False, True))
+    once, always = (distill(teachers[teacher], student(scene, name), scene, live=live, precision=precision, **options, **QUICK) for live in (False, True))
+    said = [run.train["lesson"].pop("answers") for run in (once, always)]
+    assert said[0] and said[1] is None  # what is asked in every step is not known before
     assert same(once, always) and once.train == always.train and once.train["lesson"]["temperature"] == 2
     assert {"loss_ce", "loss_kd"} <= once.history[0].keys() and ("loss_similarity" in once.history[0]) == (teacher != "svm")
 
@@ -186,8 +189,71 @@ def test_a_teacher_that_has_seen_the_test_pixels(teachers, scene, split):
     with pytest.raises(InputError, match="^teacher: 20 test pixels"): distill(judge, student(scene), scene, split, **QUICK)
     distill(judge, student(scene), scene, **QUICK)  # on its own split it may
     with pytest.raises(InputError, match="trained or chose"): distill(judge, student(scene), replace(scene, name="another"), split, **QUICK)  # a new name is no new scene
-    elsewhere = replace(synthetic_scene(36, 36, bands=12, classes=3, seed=2), name="elsewhere")
-    distill(judge, student(scene), elsewhere, few_labels(split_blocks(elsewhere, buffer=2), elsewhere.labels, 15), **QUICK)  # another scene shares no pixel
+    wide = replace(scene, name="another", cube=scene.cube.astype(np.float64), class_names=scene.class_names)
+    with pytest.raises(InputError, match="^teacher: 20 test pixels"): distill(judge, student(scene), wide, split, **QUICK)  # nor is another type
+    elsewhere = replace(synthetic_scene(36, 36, bands=12, classes=3, seed=2), name="toy")
+    distill(judge, student(scene), elsewhere, few_labels(split_blocks(elsewhere, buffer=2), elsewhere.labels, 15), **QUICK)  # another scene of the same name shares no pixel
+
+
+def test_where_a_scene_came_from_is_asked_too(teachers, scene):
+    def seen(origin, here, cube=scene.cube):
+        return len(_seen_by(replace(teachers["svm"], scene=dict(origin=origin)), replace(scene, cube=cube, origin=here)))
+    file, other, n = dict(path="/a.npy", key=None, labels=["/x.npy"]), scene.cube[::-1]*2, len(teachers["svm"].split.train) + len(teachers["svm"].split.val)
+    assert seen(file, file | dict(labels=None), other) == n  # one file, read in another way
+    assert seen(file, dict(path="/b.npy", key=None), other) == seen({}, {}, other) == seen(None, {}, other) == 0 < n == seen(file, dict(path="/b.npy"))
+    assert seen(dict(scene="synthetic", seed=1), dict(scene="synthetic", seed=2), other) == 0
+    gone = scene.cube.copy()
+    gone[np.unravel_index(teachers["svm"].split.train, scene.shape)] = np.nan
+    assert seen({}, {}, gone) == 0 and len(_seen_by(teachers["svm"], synthetic_scene(20, 20, bands=12, classes=3, seed=1))) == 0
+
+
+def test_a_taught_teacher_keeps_to_its_split(teachers, scene, split):
+    taught = distill(teachers["mamba-hsi"], student(scene), scene, **QUICK)
+    again = distill(taught, student(scene, "cnn-2d"), scene, **QUICK)
+    assert again.train["lesson"]["sees_test_spectra"] is True  # what the first one saw, the last one has seen
+    with pytest.raises(InputError, match="^teacher: was taught itself"): distill(taught, student(scene), scene, replace(split, val=split.val[1:]), **QUICK)
+
+
+def test_a_window_wider_than_the_buffer(scene, split):
+    free = replace(split, buffer=0)
+    broad = fit(new("cnn-2d", scene, patch=7, width=8), scene, free, **QUICK)
+    with pytest.raises(InputError, match="^teacher: its patch 7 reaches 3 pixels, the student's split keeps 2 free; split with --buffer 3"): distill(broad, student(scene), scene, split, **QUICK)
+    assert distill(broad, student(scene), scene, free, **QUICK).train["lesson"]["sees_test_spectra"] is True
+
+
+def test_a_lesson_for_other_pixels(teachers, scene, split):
+    lesson, other = Lesson(teachers["svm"], student(scene), scene, split), few_labels(split_blocks(scene, buffer=2), scene.labels, 14, seed=1)
+    for model, on, its in ((student(scene), scene, other), (student(scene), replace(scene, name="another"), split), (student(scene, "mamba-hsi"), scene, split)):
+        with pytest.raises(InputError, match="^lesson: was made for another split, scene or kind of student"): fit(model, on, its, lesson=lesson, **QUICK)
+
+
+def test_a_teacher_answers_in_full_precision(teachers, scene, split):
+    for teacher in teachers.values():
+        said, _ = ask(teacher, scene, split.train)
+        with torch.autocast("cpu", torch.bfloat16): half, _ = ask(teacher, scene, split.train)
+        assert torch.equal(said, half)
+
+
+def test_the_answers_are_on_the_card(teachers, scene, split):
+    facts = lambda cube=scene.cube, **o: Lesson(teachers["cnn-2d"], student(scene), replace(scene, cube=cube), split, **o).facts
+    edge = scene.cube.copy()
+    place = np.unravel_index(split.train[0], scene.shape)
+    edge[place[0], (place[1] + 1) % 36] *= 2  # no training pixel: the teacher's window alone sees it
+    one, again, other, felt = facts(), facts(temperature=2.), facts(edge), facts(features=1.)
+    assert one["answers"] == again["answers"] and len({one["answers"], other["answers"], felt["answers"]}) == 3 and one["teacher"] == other["teacher"]
+    assert not one["left_out"] and Lesson(teachers["svm"], new("css-mamba", scene), scene, split).facts["left_out"] is True
+
+
+def test_two_warm_ups(teachers, scene, split):
+    runs = [distill(teachers["svm"], student(scene), scene, **o, **QUICK) for o in (dict(warmup=.5), dict(lr_warmup=.5))]
+    assert [(r.train["warmup"], r.train["lesson"]["warmup"]) for r in runs] == [(.1, .5), (.5, .25)]
+
+
+def test_a_folder_is_looked_at_before_the_teacher_is_asked(teachers, scene, tmp_path, monkeypatch):
+    (tmp_path/"there").mkdir()
+    (tmp_path/"there"/"a.txt").write_text("mine")
+    monkeypatch.setattr(sys.modules["hsi_mamba_nb.learn.distill"], "ask", None)
+    with pytest.raises(InputError, match="exists; use --resume"): distill(teachers["svm"], student(scene), scene, out=tmp_path/"there", **QUICK)
 
 
 def test_what_does_not_fit(teachers, scene, split):
@@ -231,6 +297,8 @@ def test_a_board_with_a_taught_contender(scene, tmp_path):
         assert unheard["oa"] == alone["oa"] and unheard["val_oa"] == alone["val_oa"]  # same weights at first, same pixels
         assert taught["teacher"] == "svm" and taught["teacher_val_oa"] > .3 and taught["teacher_seconds"] > 0 and taught["lesson"]["temperature"] == 4
         assert taught["parameters"] == alone["parameters"] and third["teacher_steps"] == 6 and taught["teacher_steps"] is None and "teacher" not in alone
+    table = board_table(list(rows.values()))
+    assert table.count("its teacher: ") == 3 and f"val OA {np.mean([rows[names[1], s]['teacher_val_oa'] for s in (0, 1)]):.3f}, asked in" in table and "left out" not in table
     wide = compare(["cnn-1d:width=4@cnn-2d:patch=11", "cnn-1d:width=4@mamba-hsi:hidden_dim=8:depth=1"], [scene], ["random"], labels=[5], seeds=1, budget="2", progress=False)
     assert all(r["sees_test_spectra"] for r in wide)  # what the teacher has seen, the student has
 
@@ -260,7 +328,9 @@ def test_the_command_line(folder):
 
 REFUSED = [(("--temperature", 0), "temperature=0.0"), (("--temperature", "nan"), "temperature must be"), (("--schedule", "up"), "no schedule 'up'"), (("--cap", 2), "cap=2.0"), (("--warmup", -1), "warmup=-1.0"),
            (("--features", -1), "features=-1.0"), (("--features", 1), "use features=0"), (("--model", "svm"), "choose a network"), (("--split", "random"), "trained or chose the teacher"),
-           (("--teacher", "nowhere"), "no such run folder"), (("--teacher", "cube.npy"), "no such run folder"), (("--temperature", "hot"), "invalid float"), (("--labels", "two.npy"), "knows the classes")]
+           (("--teacher", "nowhere"), "no such run folder"), (("--teacher", "cube.npy"), "no such run folder"), (("--temperature", "hot"), "invalid float"), (("--labels", "two.npy"), "knows the classes"),
+           (("--out", "teacher", "--overwrite"), "is the teacher's folder"), (("--out", "./teacher/../teacher", "--resume"), "is the teacher's folder"), (("--buffer", 2), "--buffer: the split is the teacher's; add --split"),
+           (("--min-per-class", 3), "--min-per-class: the split is the teacher's"), (("--model", "ssa-mamba", "--set", "patch=7"), "split with --buffer 3")]
 
 
 @pytest.mark.parametrize("options, words", REFUSED)
@@ -268,6 +338,22 @@ def test_the_command_line_refuses(options, words, folder):
     done = command(*FIT, "--model", "cnn-1d", "--teacher", "teacher", "--out", "refused", *options, cwd=folder)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not Path(folder/"refused").exists()
+
+
+def test_the_command_line_resumes(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    go = lambda *options: main([str(v) for v in (*FIT, "--model", "cnn-1d", "--teacher", "teacher", *options)])
+    real = Lesson.loss
+
+    def cut(self, model, x, y, index, share):
+        if share >= .5: raise KeyboardInterrupt
+        return real(self, model, x, y, index, share)
+    assert go("--out", "whole") == 0
+    with monkeypatch.context() as m:
+        m.setattr(Lesson, "loss", cut)
+        assert go("--out", "cut") == 130
+    assert go("--out", "cut") == 2 and go("--out", "cut", "--resume", "--temperature", 2) == 2 and "was started with lesson.temperature=4" in capsys.readouterr().err
+    assert go("--out", "cut", "--resume") == 0 and Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
 
 
 def test_other_bands_and_a_lesson_without_a_teacher(folder):

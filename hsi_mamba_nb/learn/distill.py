@@ -7,9 +7,10 @@ Docs: https://hsi-mamba-nb.github.io/hsi-mamba-nb/5_learn/distill.html.md"""
 # %% auto #0
 __all__ = ['GROUP', 'OPTIONS', 'classifier_of', 'ask', 'lesson_options', 'check_pair', 'Lesson', 'distill']
 
-# %% ../../nbs/5_learn/54_distill.ipynb #4b1697ba
+# %% ../../nbs/5_learn/54_distill.ipynb #50f57852
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .checkpoint import Run, checksum
+from .checkpoint import Run, checksum, plain
 from .feed import chunks, feed
-from .training import _about, _check_scene, _device, _forked_rng, check_fits, fit
+from .training import _check_folder, _check_scene, _device, _forked_rng, check_fits, fit
+from ..models.base import HSIModel
 from ..parts.distillation import calibrate, distillation_loss, schedule as teacher_weight, similarity_loss, soften
+from ..scene.patch import Standardizer
 from ..scene.scene import Scene
 from ..scene.split import Split
 
@@ -47,7 +50,7 @@ def _as_large(f, z) -> Tensor: # features (b,d,...) on the grid of the scores (b
     if f.ndim == 4 and z.ndim == 4 and f.shape[2:] != z.shape[2:]: f = F.interpolate(f, z.shape[2:], mode="bilinear", align_corners=True)
     return f.float() if z.ndim == 4 else f.float().flatten(1)
 
-# %% ../../nbs/5_learn/54_distill.ipynb #5aef32d7
+# %% ../../nbs/5_learn/54_distill.ipynb #bac03c72
 GROUP = 64 # pixels asked at once, never fewer: the last bits of a sum may depend on the company
 
 @torch.no_grad()
@@ -61,7 +64,8 @@ def ask(
     model, index, device = run.model.eval(), np.asarray(index), _device(run.model)
     filled = index if model.takes == "image" else np.concatenate([index, np.repeat(index[-1:], -len(index) % GROUP)])
     said, felt = torch.empty(len(filled), len(run.class_names)), None
-    with _forked_rng(), _watched(model, classifier_of(model) if features else None) as seen:
+    layer = classifier_of(model) if features else None
+    with _forked_rng(), _watched(model, layer) as seen, torch.autocast(device.type, enabled=False): # full precision, whoever asks
         for x, i, pick in chunks(feed(model, scene.cube, filled, None, run.scale, scene.nodata), GROUP):
             said[i] = pick(z := model(x.to(device)).float()).cpu()
             if not features: continue
@@ -100,20 +104,32 @@ def check_pair(
     if hasattr(student, "learn"): raise InputError(f"{student.name}: is not trained by gradients and cannot be taught; choose a network as the student")
     for model in (teacher, student) if features else (): classifier_of(model)
 
-# %% ../../nbs/5_learn/54_distill.ipynb #571200ef
+# %% ../../nbs/5_learn/54_distill.ipynb #191e8d8b
+def _cube_of(origin): # what names a cube's place; where it was made from arrays, nothing does
+    return (origin["path"], origin.get("key")) if "path" in origin else {k: v for k, v in origin.items() if k not in ("labels", "drop_bands", "nodata")}
+
 def _seen_by(teacher, scene) -> np.ndarray: # flat indices in this scene of what trained or chose the teacher
-    split, origin = teacher.split, teacher.scene
-    if tuple(split.shape) != tuple(scene.shape): return np.empty(0, np.int64) # another scene
-    if origin.get("name", scene.name) != scene.name and _about(scene, split)["data"] != origin.get("data"): return np.empty(0, np.int64)
-    return np.concatenate([split.train, split.val])
+    nothing, (own, here) = np.empty(0, np.int64), (_cube_of(plain(o or {})) for o in (teacher.scene.get("origin"), scene.origin))
+    if tuple(teacher.split.shape) != tuple(scene.shape): return nothing # its indices have no meaning here
+    if not own or own != here: # not known to be one file: ask the spectra, which the scaler remembers
+        try: mine, its = Standardizer.fit(scene.cube, teacher.split.train), teacher.scale
+        except InputError: return nothing # nan where it was trained, or no such pixels
+        if any((np.abs(a - b) > 1e-3*(np.abs(b) + its.std)).any() for a, b in ((mine.mean, its.mean), (mine.std, its.std))): return nothing
+    return np.concatenate([teacher.split.train, teacher.split.val])
+
+def _too_wide(model, split) -> bool: return model.takes == "patch" and model.patch//2 > split.buffer # its window reaches the next part
 
 def _check_teacher(teacher, scene, split, calibrated) -> None:
     check_fits(teacher, scene)
+    known, m, radius = _seen_by(teacher, scene), teacher.model, getattr(teacher.model, "patch", 1)//2
     if tuple(teacher.class_names) != tuple(scene.class_names):
         raise InputError(f"teacher: knows the classes {', '.join(teacher.class_names)}, {scene.name} has {', '.join(scene.class_names)}; use a teacher that was trained on the same classes")
-    known = _seen_by(teacher, scene)
     if n := len(np.intersect1d(known, split.test)):
         raise InputError(f"teacher: {n} test pixels of the student's split trained or chose the teacher; use the teacher's split, or train it again on this one")
+    if teacher.train.get("lesson") and split.hash != teacher.split.hash:
+        raise InputError("teacher: was taught itself, and what its own teacher has seen is not kept; use the split it was taught on")
+    if split.buffer and _too_wide(m, split):
+        raise InputError(f"teacher: its patch {m.patch} reaches {radius} pixels, the student's split keeps {split.buffer} free; split with --buffer {radius}")
     if calibrated and not len(known): raise InputError(f"calibrated: the teacher's validation pixels are not of {scene.name}; leave calibrated out")
 
 def _identity(run) -> str: # 16 hex digits: the same weights, scaler, classes
@@ -140,13 +156,16 @@ class _Where: # an image student: which training pixel is which labelled pixel o
         corners = [self.tiles._corner(t) for t in self.tiles.used[index]]
         return torch.cat([self.at[top:top + h, left:left + w][one > 0] for (top, left), one in zip(corners, y.cpu())])
 
-# %% ../../nbs/5_learn/54_distill.ipynb #d67a3261
+# %% ../../nbs/5_learn/54_distill.ipynb #ff6d4b1b
 _MOST = 512 # pixels whose likeness is compared at once: the table has n^2 numbers
 
 def _lesson_loss(lesson, model, x, y, index, share) -> tuple: # a number, its terms
-    o = lesson.options
     with _watched(model, lesson.layer) as seen: z = model(x).float()
     f = _as_large(seen[0], z) if lesson.layer else None
+    with torch.autocast(z.device.type, enabled=False): return _heard(lesson, z, f, y, index, share) # layers may work in half precision, a loss does not
+
+def _heard(lesson, z, f, y, index, share) -> tuple: # a number, its terms
+    o = lesson.options
     places = torch.as_tensor(np.asarray(index)) if lesson.where is None else lesson.where(index, y)
     if lesson.where is not None: # (b,k,h,w) at labelled pixels -> (n,k)
         z, f, y = z.movedim(1, -1)[y > 0], f if f is None else f.movedim(1, -1)[y > 0], y[y > 0]
@@ -158,9 +177,16 @@ def _lesson_loss(lesson, model, x, y, index, share) -> tuple: # a number, its te
     alike = similarity_loss(f[some], felt.to(f.device)[some])
     return loss + o["features"]*alike, terms | dict(similarity=alike.detach())
 
-# %% ../../nbs/5_learn/54_distill.ipynb #7ce35d09
+def _facts(lesson, teacher, student, split) -> dict: # for the student's card
+    said, best = {k: v for k, v in zip(("said", "felt"), lesson.said or ()) if v is not None}, max((r["val_oa"] for r in teacher.history), default=None)
+    wide = teacher.model.takes == "image" or _too_wide(teacher.model, split) or (teacher.train.get("lesson") or {}).get("sees_test_spectra", False)
+    return dict(teacher=_identity(teacher), model=teacher.model.name, teacher_val_oa=best, answers=checksum({}, said)[:16] if said else None, **lesson.options, heat=lesson.heat,
+                sees_test_spectra=wide, left_out=getattr(type(student), "loss", HSIModel.loss) is not HSIModel.loss) # its own extra terms
+
+# %% ../../nbs/5_learn/54_distill.ipynb #a0c49b61
 class Lesson:
     "What a teacher says of the training pixels, and the loss that listens to it: for `fit(student, scene, split, lesson=...)`."
+    check = staticmethod(_check_teacher) # raises where a teacher may not teach on these pixels
     def __init__(self,
         teacher:Run, # any trained model
         student:nn.Module, # whose `takes` decides how batches are matched to answers
@@ -169,23 +195,22 @@ class Lesson:
         *, live:bool = False, # ask again in every step, keep nothing: slow, to compare with
         **options, # see OPTIONS
     ):
-        self.options = o = lesson_options(**options)
+        self.options, self.fits = (o := lesson_options(**options)), (split.hash, scene.name, student.takes)
         check_pair(teacher.model, student, o["features"])
         _check_scene(student, scene, split)
-        _check_teacher(teacher, scene, split, o["calibrated"])
+        self.check(teacher, scene, split, o["calibrated"])
         self.heat = _heat(teacher, scene) if o["calibrated"] else 1.
         self.ask = lambda places: _answers(teacher, scene, split.train[places], bool(o["features"]), self.heat)
         self.said = None if live else self.ask(np.arange(len(split.train)))
         self.where = _Where(student, scene, split) if student.takes == "image" else None
         self.layer = classifier_of(student) if o["features"] else None
-        best = max((r["val_oa"] for r in teacher.history), default=None)
-        self.facts = dict(teacher=_identity(teacher), model=teacher.model.name, teacher_val_oa=best, **o, heat=self.heat)
+        self.facts = _facts(self, teacher, student, split)
 
     def loss(self, model, x, y, index, share):
         "Labels and teacher, weighed as the schedule says; `share` of the run is over."
         return _lesson_loss(self, model, x, y, index, share)
 
-# %% ../../nbs/5_learn/54_distill.ipynb #2c70afeb
+# %% ../../nbs/5_learn/54_distill.ipynb #7d3176b4
 def distill(
     teacher:Run, # any trained model: a network, a support vector machine
     student:nn.Module, # a new network from `create_model`
@@ -193,14 +218,17 @@ def distill(
     split:Split|None = None, # the teacher's own by default
     *, temperature:float = 4., # the higher, the more of the teacher's second thoughts are heard
     schedule:str = "cap", # how the teacher's weight changes, see `parts.distillation.SCHEDULES`
-    warmup:float = .25, # share of the run until that weight is full; the learning rate has its own
+    warmup:float = .25, # share of the run until that weight is full
     cap:float = .9, # the teacher's largest weight
     adaptive:bool = False, # trust the teacher where it is right
-    features:float = 0., # weight of `similarity_loss` on what goes into the classifiers
+    features:float = 0., # weight of `similarity_loss` on what goes into the classifiers; hundreds to thousands are usual
     calibrated:bool = False, # first divide the teacher's logits by the temperature that makes it honest on validation pixels
     live:bool = False, # ask the teacher in every step instead of once
+    lr_warmup:float|None = None, # `warmup` of `fit`, which means the learning rate's
     **options, # of `fit`
 ) -> Run: # the student
     "Train a student on labels and on what a teacher says of the same pixels. The teacher is asked once and stays as it is."
     split, o = split or teacher.split, dict(temperature=temperature, schedule=schedule, warmup=warmup, cap=cap, adaptive=adaptive, features=features, calibrated=calibrated)
+    if lr_warmup is not None: options["warmup"] = lr_warmup
+    if options.get("out"): _check_folder(Path(options["out"]), options.get("resume", False), options.get("overwrite", False)) # before the teacher is asked
     return fit(student, scene, split, lesson=Lesson(teacher, student, scene, split, live=live, **o), **options)

@@ -236,7 +236,7 @@ def contender(
     try: return student, rest[0] if rest else None, lesson_options(**model_spec(f"lesson:{rest[1]}")[1]) if len(rest) == 2 else {}
     except InputError as e: raise InputError(f"model {text!r}: {e}") from None
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #b7f18e78
+# %% ../../nbs/5_learn/52_protocol.ipynb #3d8bc07c
 def _made(spec, job, scene) -> nn.Module: # a model whose first weights depend on seed and init alone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000*job["seed"] + job["init"])
@@ -259,15 +259,15 @@ def _teacher(spec, job, scene, split, budget) -> tuple: # see `_trained`
         _TEACHERS[key] = _trained(_made(spec, job, scene), job, scene, split, budget)
     return _TEACHERS[key]
 
-def _lesson(student, spec, how, job, scene, split, budget) -> tuple: # options of `fit`, what a row says of it, the teacher's model
+def _lesson(student, spec, how, job, scene, split, budget) -> tuple: # options of `fit`, what a row says of it
     run, steps, seconds, _ = _teacher(spec, job, scene, split, budget)
     start = time.process_time()
     lesson = Lesson(run, student, scene, split, **how)
     about = dict(teacher=spec, teacher_val_oa=lesson.facts["teacher_val_oa"], teacher_seconds=round(seconds, 2), teacher_steps=None if hasattr(run.model, "learn") else steps,
                  ask_seconds=round(time.process_time() - start, 3), lesson=lesson.facts)
-    return dict(lesson=lesson), about, run.model
+    return dict(lesson=lesson), about
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #3e95e8b7
+# %% ../../nbs/5_learn/52_protocol.ipynb #73dbc717
 def run_row(
     job:dict, # scene, model, split, labels, seed, init
     scene:Scene, # of that name
@@ -279,13 +279,13 @@ def run_row(
     model = _made(student, job, scene)
     try:
         torch.set_num_threads(1)
-        more, taught, master = _lesson(model, teacher, how, job, scene, split, budget) if teacher else ({}, {}, model)
+        more, taught = _lesson(model, teacher, how, job, scene, split, budget) if teacher else ({}, {})
         run, steps, seconds, before = _trained(model, job, scene, split, budget, **more)
         scores, per_pixel = _scores(run, scene, split)
     finally: torch.set_num_threads(threads)
     costs = dict(parameters=sum(p.numel() for p in model.parameters()), flops=count_flops(model), train_seconds=round(seconds, 2), pixel_microseconds=round(1e6*per_pixel, 1),
                  extra_mb=(peak_memory() - before)/1e6, steps=None if hasattr(model, "learn") else steps, budget_seconds=budget.seconds, budget_steps=budget.steps)
-    context = any(m.takes == "image" or m.patch//2 > split.buffer for m in (model, master))
+    context = model.takes == "image" or model.patch//2 > split.buffer or bool(taught and taught["lesson"]["sees_test_spectra"]) # what a teacher's window saw, the student has seen
     about = dict(takes=model.takes, sees_test_spectra=context, config=model.config, hash=split.hash, data=_data(scene), buffer=split.buffer, class_names=scene.class_names, left_out=split.left_out,
                  n_train=len(split.train), n_val=len(split.val), n_test=len(split.test), coords_only=coords_only_accuracy(scene, split), val_oa=max(r["val_oa"] for r in run.history))
     return plain({**job, "budget": budget.name, **scores, **about, **taught, **costs, "date": date.today().isoformat(), "version": version("hsi-mamba-nb"), "torch": torch.__version__})
@@ -343,7 +343,7 @@ def compare(
     if world > 1: done |= {key(row): row for row in read_rows(out)}
     return [done[key(j)] for j in jobs if key(j) in done]
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #b518115d
+# %% ../../nbs/5_learn/52_protocol.ipynb #ee10f79f
 _of = lambda rows, k: float(np.mean([r[k] for r in rows if r[k] is not None] or [np.nan]))
 
 def _by_split(rows, k="oa") -> dict: # hash -> mean over first weights
@@ -367,7 +367,13 @@ def _line(m, rows, p, wide) -> str:
             + f"{f'{p[m]:.2f}' if m in p else '-':>6}{rows[0]['parameters'] or '-':>9}{'-' if flops is None else f'{flops/1e6:.2f}':>8}{show('steps', 0):>7}"
             + "".join(f"{show(k, 0):>8}" for k in ("train_seconds", "pixel_microseconds", "extra_mb")))
 
-# %% ../../nbs/5_learn/52_protocol.ipynb #3a3f1341
+def _price(rows) -> list: # a line where a teacher was paid for
+    if "teacher" not in rows[0]: return []
+    seconds, oa, asked = (_of(rows, k) for k in ("teacher_seconds", "teacher_val_oa", "ask_seconds"))
+    lost = "; the student's own extra terms are left out"*bool(rows[0]["lesson"].get("left_out"))
+    return [f"      its teacher: {seconds:.1f} s, val OA {oa:.3f}, asked in {asked:.2f} s{lost}"]
+
+# %% ../../nbs/5_learn/52_protocol.ipynb #61718967
 def _one_table(models) -> list: # lines
     order, wide = sorted(models, key=lambda m: -np.mean(list(_by_split(models[m]).values()))), _wide(models)
     some = models[order[0]]
@@ -376,7 +382,7 @@ def _one_table(models) -> list: # lines
              f"  {'model':<{wide}}{'OA':>15}{'AA':>8}{'kappa':>8}{'border':>8}{'inside':>8}{'p':>6}{'param.':>9}{'MFLOP':>8}{'steps':>7}{'train s':>8}{'us/px':>8}{'MB':>8}"]
     p = _tests(models)
     for m in order:
-        lines.append(_line(m, models[m], p, wide))
+        lines += [_line(m, models[m], p, wide), *_price(models[m])]
         table = [[x["oa"] for x in models[m] if x["hash"] == h] for h in _by_split(models[m])]
         if len(table) > 1 and len({len(t) for t in table}) == 1 and len(table[0]) > 1: lines.append("      of its spread: " + ", ".join(f"{k} {v:.3f}" for k, v in variance_parts(table).items()))
     return lines + [f"  coordinates alone: {_of(some, 'coords_only'):.3f}"]

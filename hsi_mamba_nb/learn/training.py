@@ -269,15 +269,18 @@ def _check_bands(scene, split) -> None:
         which = ",".join(map(str, bands))
         if bands: raise InputError(f"{scene.name}: bands {which} are {fault} ({'constant or empty' if fault == 'dead' else 'nan or inf somewhere'} on training and validation pixels); leave them out with drop_bands= (--drop-bands {which})")
 
-# %% ../../nbs/5_learn/50_training.ipynb #4c7c92af
+# %% ../../nbs/5_learn/50_training.ipynb #3484b5d8
 _FILES = ("card.json", "model.safetensors", "history.csv", "split.json", "state.safetensors")
 
-def _open_folder(out, split, resume, overwrite) -> Path:
-    "The run folder, ready: emptied of an old run, or holding the state to continue from."
+def _check_folder(out, resume, overwrite) -> None:
     if out.exists() and not out.is_dir(): raise InputError(f"{out}: is a file, not a folder; choose another --out")
     if resume and (out/"card.json").is_file(): raise InputError(f"{out}: this run is finished; nothing to resume")
     if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
         raise InputError(f"{out}: exists; use --resume to continue, --overwrite to start again, or another --out")
+
+def _open_folder(out, split, resume, overwrite) -> Path:
+    "The run folder, ready: emptied of an old run, or holding the state to continue from."
+    _check_folder(out, resume, overwrite)
     for name in _FILES:
         for leftover in out.glob(f".{name}.*.part"): leftover.unlink() # of a run killed while it wrote
         if not resume: (out/name).unlink(missing_ok=True)
@@ -307,7 +310,7 @@ def _finish(run, folder) -> Run:
     (folder/"state.safetensors").unlink(missing_ok=True)
     return run
 
-# %% ../../nbs/5_learn/50_training.ipynb #865e4386
+# %% ../../nbs/5_learn/50_training.ipynb #7824c44d
 _ARGS = "epochs steps epoch_steps batch_size lr weight_decay warmup patience clip seed precision".split() # of fit, kept on the run's card
 
 def _checked(args, model, scene, split, lesson) -> dict: # the arguments as they are kept
@@ -317,6 +320,8 @@ def _checked(args, model, scene, split, lesson) -> dict: # the arguments as they
     if model.takes == "image": args["batch_size"] = 1 # a tile is many samples
     if lesson is None: return args
     if hasattr(model, "learn"): raise InputError(f"{model.name}: is not trained by gradients, so no lesson can reach it; choose a network")
+    if getattr(lesson, "fits", None) not in (None, (split.hash, scene.name, model.takes)):
+        raise InputError("lesson: was made for another split, scene or kind of student; make a new Lesson(teacher, model, scene, split)")
     return args | dict(lesson=plain(lesson.facts))
 
 # %% ../../nbs/5_learn/50_training.ipynb #b0a228f6
